@@ -1,0 +1,1 @@
+"""Stage 0: input contract, validation, feature encoders, item index and user histories."""

@@ -1,0 +1,96 @@
+"""Built-in image encoder: colour histogram, gradient orientations and coarse layout of a picture, 240 numbers.
+
+Pixel statistics know nothing of objects, but pictures of the same kind of article look alike often enough to carry
+signal, and they need no download. A CLIP model by name is `named.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIDE = 32  # pixels a side after scaling
+NUM_BINS, NUM_ANGLES, CELLS = 4, 8, 4
+DIM = NUM_BINS**3 + CELLS * CELLS * NUM_ANGLES + CELLS * CELLS * 3
+
+
+class BadImageError(Exception):
+    """Bytes that are no picture, or one larger than allowed; the message is the reason of rejection."""
+
+
+def decode(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+    """A picture as RGB uint8 [SIDE, SIDE, 3], scaled without regard to its proportions.
+
+    Raises:
+        BadImageError: Pillow cannot read it, or it has more than `max_pixels` pixels.
+    """
+    picture = open_picture(data, max_pixels=max_pixels)
+    return np.asarray(picture.resize((SIDE, SIDE), _bilinear()), dtype=np.uint8)
+
+
+def open_picture(data: bytes, *, max_pixels: int):  # type: ignore[no-untyped-def]  # PIL.Image.Image, imported lazily
+    """A decoded RGB `PIL.Image.Image`; the pixel count is checked before anything is unpacked.
+
+    Raises:
+        BadImageError: Pillow cannot read it, or it has more than `max_pixels` pixels.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit is a warning at a size of its choice; ours is the configured one.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data))
+            if picture.width * picture.height > max_pixels:
+                raise BadImageError("image has more pixels than catalog.image.max_pixels")
+            picture.draft("RGB", (2 * SIDE, 2 * SIDE))
+            return picture.convert("RGBA").convert("RGB") if picture.mode == "P" else picture.convert("RGB")
+    except BadImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise BadImageError("image has more pixels than catalog.image.max_pixels") from None
+    except Exception:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, … for damaged files
+        raise BadImageError("image cannot be decoded") from None
+
+
+def _bilinear():  # type: ignore[no-untyped-def]
+    from PIL import Image
+
+    return Image.Resampling.BILINEAR
+
+
+def pixel_statistics(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Features of pictures uint8 [n, SIDE, SIDE, 3]: float32 [n, DIM], of unit length.
+
+    Colour and orientation are square roots of shares (Hellinger), so that plain cosine compares histograms; the
+    three parts weigh the same.
+    """
+    n = len(pictures)
+    if n == 0:
+        return np.zeros((0, DIM), dtype=np.float32)
+    row = np.arange(n)[:, None]
+    quantised = (pictures >> 6).astype(np.int64)
+    bins = quantised[..., 0] * NUM_BINS**2 + quantised[..., 1] * NUM_BINS + quantised[..., 2]
+    colour = np.bincount((row * NUM_BINS**3 + bins.reshape(n, -1)).ravel(), minlength=n * NUM_BINS**3)
+    colour = np.sqrt(colour.reshape(n, -1) / SIDE**2)
+
+    pixels = pictures.astype(np.float32) / 255
+    grey = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    dy, dx = np.gradient(grey, axis=(1, 2))
+    strength = np.hypot(dx, dy)
+    angle = np.floor(np.mod(np.arctan2(dy, dx), np.pi) / np.pi * NUM_ANGLES).astype(np.int64) % NUM_ANGLES
+    line = np.arange(SIDE) * CELLS // SIDE
+    cell = line[:, None] * CELLS + line[None, :]
+    width = CELLS * CELLS * NUM_ANGLES
+    place = row * width + (cell[None] * NUM_ANGLES + angle).reshape(n, -1)
+    edges = np.bincount(place.ravel(), weights=strength.ravel(), minlength=n * width).reshape(n, width)
+    edges = np.sqrt(edges / np.maximum(edges.sum(axis=1, keepdims=True), 1e-6))
+
+    step = SIDE // CELLS
+    layout = pixels.reshape(n, CELLS, step, CELLS, step, 3).mean(axis=(2, 4)).reshape(n, -1) - 0.5
+    layout = layout / np.maximum(np.linalg.norm(layout, axis=1, keepdims=True), 1e-6)
+    parts = np.concatenate([colour, edges, layout], axis=1)
+    return np.asarray(parts / np.maximum(np.linalg.norm(parts, axis=1, keepdims=True), 1e-6), dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Commands, one file each; nothing heavy is imported until a command runs."""

@@ -1,0 +1,48 @@
+"""`qbrec recommend`: ranked items for one history."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from qbrec.cli.options import config_options
+
+
+@click.command()
+@config_options
+@click.option("--history", "-H", multiple=True, required=True, metavar="ITEM", help="Item id, oldest first. Repeat it.")
+@click.argument("more", nargs=-1, metavar="[ITEM]...")
+@click.option("--k", type=int, default=10, show_default=True, help="How many items.")
+@click.option("--keep-seen", is_flag=True, help="Rank items of the history too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def recommend(
+    config_path: str | None,
+    overrides: tuple[str, ...],
+    history: tuple[str, ...],
+    more: tuple[str, ...],
+    k: int,
+    keep_seen: bool,
+    as_json: bool,
+) -> None:
+    """Rank the whole catalogue for a history and print the best items.
+
+    \b
+    Example:
+      qbrec recommend --config launch/quickstart.yaml --history item-000017 item-000230 --k 5
+    """
+    from qbrec.config import load_config
+    from qbrec.pipeline import finished_artifacts
+    from qbrec.registry.recommend import Recommender
+
+    config = load_config(config_path, overrides=overrides)
+    recommender = Recommender.from_artifacts(finished_artifacts(config), config=config)
+    (items,) = recommender.recommend([[*history, *more]], k=k, keep_seen=keep_seen)
+    if as_json:
+        click.echo(json.dumps(items, indent=1))
+        return
+    for rank, item in enumerate(items, 1):
+        click.echo(
+            f"{rank:>3}  {item['item_id']:<20} {item['score']:>9.3f}  {item['semantic_id']:<22} {item['label']}\n"
+            f"     {item['title']}"
+        )

@@ -1,0 +1,48 @@
+"""`qbrec run`: the whole road in one command."""
+
+from __future__ import annotations
+
+import click
+
+from qbrec.cli.options import config_options, num_workers_option, resume_option, with_workers
+
+
+@click.command()
+@config_options
+@num_workers_option
+@resume_option
+def run(config_path: str | None, overrides: tuple[str, ...], workers: int | None, resume: str) -> None:
+    """Catalog, fusion, quantizer, pretraining, fine-tuning, evaluation, registration, report.
+
+    Stages that are up to date are skipped; one that was cut off goes on from its last checkpoint. It ends with a
+    table: qbrec beside the baselines, over the full catalogue, with 95 % intervals.
+
+    \b
+    Examples:
+      qbrec run --config launch/quickstart.yaml
+      qbrec run --config shop.yaml --set run.name=shop-2 --set fusion.width=128
+      torchrun --nproc-per-node 2 -m qbrec run --config shop.yaml
+    """
+    from qbrec.config import load_config
+    from qbrec.pipeline import Pipeline
+
+    config = load_config(config_path, overrides=with_workers(overrides, workers))
+    with Pipeline(config, resume=resume) as pipeline:
+        evaluation = pipeline.up_to("evaluation")
+        if not pipeline.is_main:
+            return
+        version = pipeline.register()
+        report = pipeline.report()
+        pipeline.tracker.artifacts([report])
+    from qbrec.evaluation.table import format_table
+    from qbrec.tracking.client import tracking_uri
+
+    click.echo()
+    click.echo(format_table(evaluation.load_json("metrics.json")))
+    click.echo()
+    click.echo(f"metrics   {evaluation.path / 'metrics.json'}")
+    click.echo(f"report    {report}")
+    if config.tracking.enabled:
+        click.echo(f"mlflow    {tracking_uri(pipeline.config)}")
+    if version is not None:
+        click.echo(f"model     models:/{config.registry.model_name}@challenger (version {version})")

@@ -1,0 +1,130 @@
+"""Everything that shapes what is learnt: fusion, quantizer, sequence, ranking, evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from qbrec.config.base import Section
+from qbrec.config.sections import Count, Fraction, Positive
+
+
+class TrainConfig(Section):
+    """One training loop: length, batch, optimiser, stopping. Batches are global, whatever the world size."""
+
+    epochs: Positive = 10
+    batch_size: Positive = 256  # samples per optimiser step, over all ranks
+    micro_batch: Positive = 64  # samples per forward; a batch is dealt to the ranks in these units
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_fraction: Fraction = 0.05
+    min_lr_fraction: Fraction = 0.05  # of learning_rate, at the end of the cosine
+    clip_norm: float = Field(default=1.0, gt=0)
+    evaluate_every: Positive = 1  # epochs
+    patience: Count = 0  # evaluations without improvement before stopping; 0: never
+    checkpoint_every: Positive = 200  # steps
+    keep_checkpoints: Positive = 2
+
+
+class FusionConfig(Section):
+    """Stage 1: dynamic cross-modal semantic injection."""
+
+    width: Positive = 256
+    depth: Positive = 4
+    heads: Positive = 4
+    alignment_temperature: float = Field(default=0.07, gt=0)
+    loss_temperature: float = Field(default=0.07, gt=0)
+    group: Positive = 256  # consecutive samples that are each other's negatives
+    id_embedding: Literal["auto", "table", "shared"] = "auto"
+    id_dropout: Fraction = 0.3
+    modality_dropout: Fraction = 0.1
+    dropout: Fraction = 0.0
+    train: TrainConfig = TrainConfig(epochs=30, batch_size=512, micro_batch=256)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FusionConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.train.micro_batch != self.group:
+            raise ValueError("train.micro_batch must equal group: a micro-batch is one group of negatives")
+        return self
+
+
+class QualityConfig(Section):
+    """Gate on the codebooks: a run stops here rather than train stage 3 on a collapsed one."""
+
+    min_perplexity_fraction: Fraction = 0.1  # of the codes at level 0
+    max_collision_rate: Fraction = 0.5  # items that share their ID with an item of other content
+
+
+class QuantizerConfig(Section):
+    """Stage 2: residual vector quantizer initialised by distributed k-means."""
+
+    method: Literal["rq_kmeans", "rvq"] = "rvq"
+    levels: Literal["auto"] | tuple[Positive, ...] = "auto"
+    iterations: Positive = 20  # Lloyd iterations on the sample (on everything, where that is no larger)
+    full_passes: Count = 2  # Lloyd iterations over all items after those on the sample
+    sample: Positive = 1_048_576  # most items in the sample (256 per code), over all ranks
+    refine_epochs: Count = 2  # joint EMA passes (rvq)
+    refine_solves: Count = 1  # least-squares solves of all codebooks (rvq)
+    beam: Positive = 1  # partial IDs kept while encoding; 1: greedy
+    held_out: Fraction = 0.05  # items kept from the fit, for the held-out error
+    collisions: Literal["none", "next_nearest"] = "next_nearest"
+    capacity: Positive = 1  # items of different content per ID, for next_nearest
+    quality: QualityConfig = QualityConfig()
+
+
+class MaskConfig(Section):
+    """Mixture and shape of the masks of stage 3 (paper: span, tail, multi-region)."""
+
+    span: Fraction = 0.4
+    tail: Fraction = 0.2
+    multi_region: Fraction = 0.4
+    ratio: Fraction = 0.2  # of the items of a history, for span and multi_region
+    max_span: Positive = 5
+    partial: Fraction = 0.2  # probability that only the deeper levels of an item are masked
+
+    @model_validator(mode="after")
+    def _some(self) -> MaskConfig:
+        if self.span + self.tail + self.multi_region <= 0:
+            raise ValueError("at least one of span, tail, multi_region must be above 0")
+        return self
+
+
+class SequenceConfig(Section):
+    """Stage 3: masked encoder over semantic IDs, pretrained on all domains, fine-tuned on one."""
+
+    width: Positive = 128
+    layers: Positive = 3
+    heads: Positive = 4
+    dropout: Fraction = 0.2
+    max_items: Positive = 50  # the last H items of a history
+    position: Literal["learned", "rotary"] = "learned"
+    label_smoothing: Fraction = 0.0
+    masks: MaskConfig = MaskConfig()
+    pretrain: TrainConfig = TrainConfig(epochs=20, batch_size=256, micro_batch=128)
+    finetune: TrainConfig = TrainConfig(epochs=20, batch_size=256, micro_batch=128, patience=3)
+
+    @model_validator(mode="after")
+    def _heads(self) -> SequenceConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class RankingConfig(Section):
+    """The one scorer that early stop, evaluation, recommend and bundle share."""
+
+    scorer: Literal["factorised"] = "factorised"
+    chunk_items: Positive = 65_536  # items scored at once
+
+
+class EvaluationConfig(Section):
+    """Full-catalogue, leave-one-out ranking against every baseline."""
+
+    baselines: tuple[Literal["popularity", "itemknn"], ...] = ("popularity", "itemknn")
+    bootstrap: Positive = 2000
+    batch_users: Positive = 256
+    max_users: Count = 0  # 0: all

@@ -1,0 +1,1 @@
+"""One training loop (DeepSpeed), checkpoints, process groups, and how workers are started."""

@@ -1,0 +1,59 @@
+"""From our typed configuration to DeepSpeed's dictionary, every "auto" resolved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qbrec.config.sections import ComputeConfig
+from qbrec.config.stages import TrainConfig
+
+
+def resolve_device(compute: ComputeConfig) -> str:
+    """`cpu` or `cuda`."""
+    if compute.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return compute.device
+
+
+def resolve_precision(compute: ComputeConfig) -> str:
+    """`float32`, `bfloat16` or `float16`: bfloat16 on a GPU that has it, float32 on a CPU."""
+    if compute.precision == "auto":
+        cuda = resolve_device(compute) == "cuda"
+        return "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
+    return compute.precision
+
+
+def deepspeed_config(compute: ComputeConfig, train: TrainConfig) -> dict[str, Any]:
+    """The ds_config of a stage.
+
+    Gradient accumulation is steered by the loop (`set_gradient_accumulation_boundary`), because the last batch of an
+    epoch has fewer micro-batches than the others; DeepSpeed itself is told 1.
+    """
+    precision = resolve_precision(compute)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.clip_norm,
+        "steps_per_print": 1_000_000_000,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": train.learning_rate,
+                "betas": list(train.betas),
+                "eps": 1e-8,
+                "weight_decay": train.weight_decay,
+                # DeepSpeed's fused CPU Adam needs a compiler at run time; torch's does not.
+                "torch_adam": True,
+                "adam_w_mode": True,
+            },
+        },
+        "zero_optimization": {"stage": compute.zero_stage},
+        "bf16": {"enabled": precision == "bfloat16"},
+        "fp16": {"enabled": precision == "float16"},
+    }
+    if compute.zero_stage == 3:
+        # Small parameters would otherwise stay whole on every rank and never be partitioned.
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 10_000
+    return config

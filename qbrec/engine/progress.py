@@ -1,0 +1,122 @@
+"""Progress with an ETA: drawn on the terminal, or left in a file that the driver draws."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TextIO
+
+from qbrec.storage.artifact import write_atomic
+
+_TERMINAL_PERIOD_S = 0.2
+_LOG_PERIOD_S = 5.0
+_FILE_PERIOD_S = 0.5
+
+
+class Progress:
+    """Counts finished units of one piece of work.
+
+    Args:
+        total: Units in all.
+        label: What is being done.
+        silent: True on every rank but 0.
+        file: Where to leave the state for the driver instead of drawing it.
+        done: Units finished before (a resumed stage).
+    """
+
+    def __init__(
+        self, total: int, label: str, *, silent: bool = False, file: Path | None = None, done: int = 0
+    ) -> None:
+        self.total, self.label, self.done = max(total, 1), label, done
+        self._first, self._start, self._drawn = done, time.monotonic(), 0.0
+        self._silent, self._file, self._info = silent, file, ""
+        self._lock = threading.Lock()
+
+    def update(self, n: int = 1, **info: float | int | str) -> None:
+        """Count `n` more units; `info` is shown behind the bar."""
+        with self._lock:
+            self.done += n
+            if info:
+                self._info = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
+            self._draw(final=False)
+
+    def close(self) -> None:
+        """Draw the last state."""
+        with self._lock:
+            self._draw(final=True)
+
+    def line(self) -> str:
+        """State in one line: label, share, ETA, info."""
+        share = min(self.done / self.total, 1.0)
+        elapsed = time.monotonic() - self._start
+        fresh = self.done - self._first
+        left = (self.total - self.done) * elapsed / fresh if fresh > 0 else None
+        filled = int(share * 20)
+        eta = f"eta {_clock(left)}" if left is not None and share < 1 else f"took {_clock(elapsed)}"
+        bar = "█" * filled + "·" * (20 - filled)
+        return f"  {self.label:<26} {bar} {share:>4.0%}  {eta:<12} {self._info}".rstrip()
+
+    def _draw(self, *, final: bool) -> None:
+        if self._silent:
+            return
+        now = time.monotonic()
+        if self._file is not None:
+            if final or now - self._drawn > _FILE_PERIOD_S:
+                self._drawn = now
+                state = {"line": self.line(), "final": final, "label": self.label}
+                write_atomic(self._file, json.dumps(state).encode())
+            return
+        if final or now - self._drawn > (_TERMINAL_PERIOD_S if sys.stderr.isatty() else _LOG_PERIOD_S):
+            self._drawn = now
+            draw_line(self.line(), final=final)
+
+
+def draw_line(line: str, *, final: bool, stream: TextIO | None = None) -> None:
+    """Print a progress line: in place on a terminal, as a line of its own in a log."""
+    stream = stream or sys.stderr
+    if stream.isatty():
+        stream.write(f"\r\033[K{line}" + ("\n" if final else ""))
+    else:
+        stream.write(line + "\n")
+    stream.flush()
+
+
+class ProgressWatcher:
+    """Draws on the driver what a worker's `Progress` leaves in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._stop = file, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> ProgressWatcher:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        shown, period = "", 0.5 if sys.stderr.isatty() else _LOG_PERIOD_S
+        while True:
+            stopping = self._stop.wait(period)
+            try:
+                state = json.loads(self._file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                state = None  # not written yet, or replaced this very moment: the next look sees it
+            if state and state["line"] != shown:
+                shown = state["line"]
+                draw_line(shown, final=state["final"] or stopping)
+            if stopping:
+                return
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,250 @@
+"""The dynamic cross-modal transformer of stage 1 (arXiv 2512.02474, semantic injection).
+
+Every item starts from an ID query and reads its own modalities through a few cross-attention blocks; a gate
+after each block decides whether to read on. Nothing here knows files, ranks or optimisers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRUCTURE = "structure"
+BEHAVIOUR = "behaviour"
+_BAG_WIDTH = 32  # of the structure table: random rows this wide already tell category paths apart
+_QUERY_STD = 0.02  # paper's initialisation of the ID vectors
+_GATE_BIAS = 2.0  # a fresh gate reads on (0.88), so that deep blocks see gradient before they are judged
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """One source of meaning.
+
+    Attributes:
+        name: Name of the modality.
+        kind: `dense` (a few feature tokens of `dim` numbers) or `bag` (hashed buckets, meaned from a small table).
+        dim: Width of a feature token, or number of buckets.
+    """
+
+    name: str
+    kind: Literal["dense", "bag"]
+    dim: int
+
+
+@dataclass(frozen=True)
+class FusionBatch:
+    """Items on the device. `M` follows the model's order of modalities.
+
+    Attributes:
+        rows: int64 [B], row of the ID table; -1 takes the shared query.
+        features: Per dense modality float [B, T, d], zero where there is no token.
+        tokens: Per dense modality bool [B, T], which tokens exist.
+        buckets: int64 [B, S] of the structure modality, -1 for none; [B, 0] without that modality.
+        visible: bool [B, M], modalities the fused vector may read (present and not dropped).
+        present: bool [B, M], modalities that exist, and so are views of the loss.
+        content: int64 [B, M], equal where the content of that modality is equal.
+    """
+
+    rows: Tensor
+    features: Mapping[str, Tensor]
+    tokens: Mapping[str, Tensor]
+    buckets: Tensor
+    visible: Tensor
+    present: Tensor
+    content: Tensor
+
+    def to(self, device: torch.device | str) -> FusionBatch:
+        """The same batch on `device`."""
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            features={k: v.to(device) for k, v in self.features.items()},
+            tokens={k: v.to(device) for k, v in self.tokens.items()},
+            buckets=self.buckets.to(device),
+            visible=self.visible.to(device),
+            present=self.present.to(device),
+            content=self.content.to(device),
+        )
+
+
+def align(query: Tensor, tokens: Tensor, mask: Tensor, *, temperature: float) -> Tensor:
+    """Cosine-softmax pooling of feature tokens by the ID query: Σ_j softmax_j(cos(q, x_j) / τ) · x_j.
+
+    Args:
+        query: [B, D].
+        tokens: [B, T, D], already projected by W_m.
+        mask: bool [B, T]; an item without any token yields zeros.
+        temperature: τ of the alignment.
+
+    Returns:
+        [B, D].
+    """
+    cosine = torch.einsum("bd,btd->bt", F.normalize(query, dim=-1), F.normalize(tokens, dim=-1))
+    logits = (cosine.float() / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
+    weights = torch.softmax(logits, dim=-1) * mask
+    return torch.einsum("bt,btd->bd", weights.to(tokens.dtype), tokens)
+
+
+class CrossBlock(nn.Module):
+    """One reading step: pre-norm cross-attention of the state over the modality tokens, then a feed-forward."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_state, self.norm_tokens, self.norm_hidden = (nn.LayerNorm(width) for _ in range(3))
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, state: Tensor, tokens: Tensor, visible: Tensor) -> Tensor:
+        """The change Δ [B, D] that state [B, D] takes from tokens [B, M, D] where visible (bool [B, M])."""
+        size, width = state.shape
+        query = self.query(self.norm_state(state)).view(size, self.heads, 1, -1)
+        key, value = self.key_value(self.norm_tokens(tokens)).view(size, -1, 2, self.heads, width // self.heads).unbind(2)
+        read = F.scaled_dot_product_attention(
+            query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible[:, None, None, :]
+        )
+        change: Tensor = self.out(read.reshape(size, width))
+        return change + self.feed(self.norm_hidden(state + change))
+
+
+class FusionModel(nn.Module):
+    """ID query → alignment → gated cross-attention → fused vector, and one view vector per modality.
+
+    Args:
+        modalities: What an item may bring, in the order of `M`.
+        width: D.
+        depth: Number of cross-attention blocks.
+        heads: Attention heads.
+        alignment_temperature: τ of the alignment.
+        num_rows: Rows of the ID table; 0: every item takes the shared query.
+        statistics: `mean.<m>` and `std.<m>` float32 [d_m] of the dense modalities; frozen.
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[ModalitySpec],
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        alignment_temperature: float,
+        num_rows: int,
+        statistics: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.modalities = tuple(modalities)
+        self.width, self.depth, self.temperature = width, depth, alignment_temperature
+        self.shared_query = nn.Embedding(1, width)
+        nn.init.normal_(self.shared_query.weight, std=_QUERY_STD)
+        self.id_rows = nn.Embedding(num_rows, width) if num_rows else None
+        if self.id_rows is not None:
+            nn.init.normal_(self.id_rows.weight, std=_QUERY_STD)
+        self.project = nn.ModuleDict()
+        for spec in self.modalities:
+            inner = _BAG_WIDTH if spec.kind == "bag" else spec.dim
+            self.project[spec.name] = nn.Linear(inner, width, bias=False)
+            if spec.kind == "bag":
+                self.buckets = nn.Embedding(spec.dim, _BAG_WIDTH)
+            else:
+                self.register_buffer(f"mean_{spec.name}", statistics[f"mean.{spec.name}"].float(), persistent=False)
+                self.register_buffer(f"std_{spec.name}", statistics[f"std.{spec.name}"].float(), persistent=False)
+        # One embedding per modality tells the blocks which token is which; the last one is the null token
+        # that is always visible, so an item without any content still has something to read.
+        self.kinds = nn.Embedding(len(self.modalities) + 1, width)
+        nn.init.normal_(self.kinds.weight, std=_QUERY_STD)
+        self.blocks = nn.ModuleList(CrossBlock(width, heads) for _ in range(depth))
+        self.gates = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 4), nn.GELU(), nn.Linear(width // 4, 1))
+            for _ in range(depth - 1)
+        )
+        for gate in self.gates:
+            assert isinstance(gate, nn.Sequential)
+            nn.init.constant_(gate[-1].bias, _GATE_BIAS)
+
+    def forward(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Training pass with the soft gate: h ← h + (Π_{k<l} g^(k)) · Δ^(l).
+
+        Returns:
+            fused [B, D], rows of unit root mean square; views [M, B, D], zero where absent; the products of
+            gates [B, depth] that weighted each block.
+        """
+        state, tokens, visible, views = self._read(batch)
+        weight = torch.ones_like(state[:, 0])
+        weights = []
+        for level, block in enumerate(self.blocks):
+            if level:
+                weight = weight * self._gate(level - 1, state)
+            weights.append(weight)
+            state = state + weight[:, None] * block(state, tokens, visible)
+        return unit_rms(state), views, torch.stack(weights, dim=1)
+
+    @torch.no_grad()
+    def embed(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Inference with the hard gate: an item leaves as soon as its product of gates falls below ½.
+
+        The blocks an item does take weigh as they did in training, and blocks nobody takes are not computed.
+
+        Returns:
+            fused float32 [B, D], depth uint8 [B] (blocks taken), views [M, B, D].
+        """
+        state, tokens, visible, views = self._read(batch)
+        weight = torch.ones_like(state[:, 0])
+        depth = torch.zeros(len(state), dtype=torch.uint8, device=state.device)
+        active = torch.arange(len(state), device=state.device)
+        for level, block in enumerate(self.blocks):
+            if level:
+                weight = weight * self._gate(level - 1, state[active])
+                going = weight >= 0.5
+                active, weight = active[going], weight[going]
+            if not len(active):
+                break
+            change = weight[:, None] * block(state[active], tokens[active], visible[active])
+            state = state.index_add(0, active, change)
+            depth[active] += 1
+        return unit_rms(state).float(), depth, views
+
+    def _gate(self, level: int, state: Tensor) -> Tensor:
+        return torch.sigmoid(self.gates[level](state)).squeeze(-1)
+
+    def _read(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        query: Tensor = self.shared_query(torch.zeros_like(batch.rows))
+        if self.id_rows is not None:
+            own = self.id_rows(batch.rows.clamp(min=0))
+            query = torch.where(batch.rows[:, None] >= 0, own, query)
+        kinds = self.kinds(torch.arange(len(self.modalities) + 1, device=query.device))
+        tokens, views = [], []
+        for index, spec in enumerate(self.modalities):
+            if spec.kind == "bag":
+                aligned = view = self.project[spec.name](self._bag(batch.buckets))
+            else:
+                mask = batch.tokens[spec.name]
+                mean, std = getattr(self, f"mean_{spec.name}"), getattr(self, f"std_{spec.name}")
+                standard = (batch.features[spec.name].to(mean.dtype) - mean) / std
+                projected = self.project[spec.name]((standard * mask[..., None]).to(query.dtype))
+                aligned = align(query, projected, mask, temperature=self.temperature)
+                # The view must not depend on the query: else it could carry the item's identity into the loss.
+                view = projected.sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(projected.dtype)
+            tokens.append(aligned + kinds[index])
+            views.append(view * batch.present[:, index, None])
+        null = kinds[-1].expand_as(query)
+        always = torch.ones_like(batch.visible[:, :1])
+        visible = torch.cat([batch.visible, always], dim=1)
+        return query, torch.stack([*tokens, null], dim=1), visible, torch.stack(views)
+
+    def _bag(self, buckets: Tensor) -> Tensor:
+        used = (buckets >= 0)[..., None]
+        embedded = self.buckets(buckets.clamp(min=0)) * used
+        return embedded.sum(1) / used.sum(1).clamp(min=1).to(embedded.dtype)
+
+
+def unit_rms(state: Tensor) -> Tensor:
+    """Rows scaled to length √D: the loss compares angles, and the quantizer's distances then agree with it."""
+    return F.normalize(state, dim=-1) * math.sqrt(state.shape[-1])

@@ -1,0 +1,192 @@
+"""The stages in order; a stage whose key has not changed is skipped, one that was cut off goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from qbrec.config import RootConfig
+from qbrec.errors import ConfigError, DataError
+from qbrec.run_record import RunRecord, run_directory
+from qbrec.stages import STAGES, Stage
+from qbrec.storage.artifact import Artifact, ArtifactStore
+
+
+class Pipeline:
+    """One run of the road, owned for the time of a `with` block.
+
+    Args:
+        config: The configuration.
+        resume: `auto`, `must` or `never`.
+    """
+
+    def __init__(self, config: RootConfig, *, resume: str = "auto") -> None:
+        if not config.data.domains:
+            raise ConfigError(
+                "no input: data.domains is empty",
+                where="data.domains",
+                fix="name at least one: data: {domains: {shop: {items: items.parquet, interactions: inter.parquet}}}",
+            )
+        storage = Path(config.run.storage).resolve()
+        self.config = config.model_copy(update={"run": config.run.model_copy(update={"storage": str(storage)})})
+        self.store = ArtifactStore(storage)
+        self.run_dir = run_directory(self.config)
+        self.artifacts: dict[str, Artifact] = {}
+        self._resume = resume
+        self._sources = ""
+
+    def __enter__(self) -> Self:
+        from qbrec.engine.launch import process_group, resolve_launcher
+        from qbrec.tracking.tracker import Tracker
+
+        torchrun = resolve_launcher(self.config) == "torchrun"
+        self._main = not torchrun or os.environ.get("RANK", "0") == "0"
+        self._group = process_group(self.config) if torchrun else nullcontext()
+        self._group.__enter__()
+        self._torchrun = torchrun
+        with self._on_main():
+            if self._main:
+                self.record = RunRecord.own(self.config, resume=self._resume)
+                self.tracker = Tracker(self.config, self.run_dir)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._main and hasattr(self, "tracker"):
+            self.tracker.finish("FINISHED" if kind is None else "FAILED")
+            self.record.close()
+        self._group.__exit__(kind, error, trace)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the driver (always, except under torchrun)."""
+        return self._main
+
+    def up_to(self, name: str) -> Artifact:
+        """Bring a stage and all before it up to date and return its artifact."""
+        for stage in STAGES.values():
+            if stage.name not in self.artifacts:
+                self._bring(stage)
+            if stage.name == name:
+                return self.artifacts[name]
+        raise AssertionError(f"no stage {name!r}")
+
+    def _bring(self, stage: Stage) -> None:
+        inputs = {name: self.artifacts[name] for name in stage.inputs}
+        if not self._sources:
+            from qbrec.catalog.sources import source_fingerprint
+
+            self._sources = source_fingerprint(self.config.data)
+        key = stage.key(self.config, inputs=inputs, sources=self._sources)
+        found = self.store.find(stage.name, key)
+        if found is not None:
+            found.verify()
+            if self._main:
+                say(f"✓ {stage.name:<11} up to date  {_short(found.path)}")
+                self.tracker.reused(stage.name, found)
+                self.record.stages.setdefault(stage.name, {"seconds": 0.0})
+                if self.record.stages[stage.name].get("key") != key:
+                    self.record.stages[stage.name]["seconds"] = 0.0
+        else:
+            found = self._run(stage, key, inputs)
+        self.artifacts[stage.name] = found
+        if self._main:
+            self.record.stages[stage.name] |= {"key": key, "path": str(found.path)}
+            self.record.save()
+            if stage.name == "catalog":
+                self.tracker.dataset(found)
+
+    def _run(self, stage: Stage, key: str, inputs: dict[str, Artifact]) -> Artifact:
+        from qbrec.engine.launch import launch
+        from qbrec.engine.worker import Order, run_order
+
+        order: Order = {
+            "stage": stage.name,
+            "entry": stage.entry,
+            "key": key,
+            "config": self.config.model_dump(mode="json"),
+            "recipe": stage.recipe(self.config),
+            "inputs": {name: str(artifact.path) for name, artifact in inputs.items()},
+            "storage": str(self.store.root),
+            "run_dir": str(self.run_dir),
+            "progress_file": None,
+        }
+        start = time.monotonic()
+        if self._main:
+            say(f"▸ {stage.name}")
+        with self.tracker.stage(stage.name, key=key) if self._main else nullcontext() as record:
+            if stage.distributed:
+                launch(order)
+            else:
+                with self._on_main():
+                    if self._main:
+                        run_order(order, alone=True)
+            found = self.store.find(stage.name, key)
+            assert found is not None, f"stage {stage.name} ended without its artifact"
+            if record is not None:
+                record.complete(found)
+        if self._main:
+            seconds = time.monotonic() - start
+            say(f"✓ {stage.name:<11} {seconds:6.1f} s    {_short(found.path)}")
+            self.record.stages[stage.name] = {"seconds": round(seconds, 1)}
+            # What a finished stage would resume from is of no more use.
+            shutil.rmtree(self.run_dir / "checkpoints" / stage.name, ignore_errors=True)
+        return found
+
+    @contextmanager
+    def _on_main(self) -> Iterator[None]:
+        """Work of rank 0 under torchrun: the others wait at its end."""
+        yield
+        if self._torchrun:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def register(self) -> str | None:
+        """Register the model unless this very model is registered; its version, or None where it is switched off."""
+        if not (self.config.registry.enabled and self.config.tracking.enabled):
+            return None
+        from qbrec.registry.versions import register
+
+        artifacts = {name: self.artifacts[name] for name in STAGES}
+        return register(self.config, self.run_dir, artifacts)
+
+    def report(self) -> Path:
+        """Write the run's HTML report."""
+        from qbrec.report.page import write_report
+
+        return write_report(self.config, self.run_dir, self.artifacts)
+
+
+def finished_artifacts(config: RootConfig) -> dict[str, Artifact]:
+    """Artifacts of a run as its run.json names them, without running anything.
+
+    Raises:
+        DataError: The run does not exist or an artifact is damaged.
+    """
+    path = run_directory(config)
+    record = RunRecord.load(path)
+    if not record.stages:
+        raise DataError("there is no such run yet", where=str(path), fix="`qbrec run --config …` makes it")
+    store = ArtifactStore(Path(config.run.storage).resolve())
+    return {name: store.open(stage["path"]) for name, stage in record.stages.items() if "path" in stage}
+
+
+def say(text: str, **style: Any) -> None:
+    """One line for the person watching."""
+    print(text, file=sys.stderr, flush=True, **style)
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

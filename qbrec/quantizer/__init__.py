@@ -1,0 +1,1 @@
+"""Stage 2: distributed k-means, residual vector quantizer, collisions, quality and labels of semantic IDs."""

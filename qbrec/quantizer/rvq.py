@@ -1,0 +1,209 @@
+"""Residual vector quantizer: codebooks fitted level by level on residuals, encoding (greedy or beam), decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qbrec.quantizer.chunks import TILE, Collective, FixedPoint, Shard, max_abs, parallel, sum_of
+from qbrec.quantizer.kmeans import Assigner, KMeans, assign, fit_kmeans, row_argmax
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Codebooks of all levels: `levels[l]` is float32 [K_l, D]; levels may differ in size."""
+
+    levels: tuple[Tensor, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Codes per level."""
+        return tuple(len(level) for level in self.levels)
+
+    @property
+    def magnitude(self) -> float:
+        """Upper bound on the magnitude of a decoded component."""
+        return sum(float(level.abs().max()) for level in self.levels)
+
+
+class Encoder:
+    """Codes of tiles of at most `TILE` rows; one object per thread (it owns its buffers).
+
+    Args:
+        books: Codebooks.
+        beam: 1: greedy, nearest code level by level. More: so many partial codes are kept per level, and the whole
+            code with the smallest error wins.
+    """
+
+    def __init__(self, books: Codebooks, *, beam: int = 1) -> None:
+        self.books, self.beam = books, beam
+        self.assigners = [Assigner(level) for level in books.levels]
+        if beam > 1:
+            # Inner products between the codes of every two levels: a beam never touches a residual.
+            self.inner = {
+                (i, j): books.levels[i] @ books.levels[j].t()
+                for j in range(len(books.levels))
+                for i in range(j)
+            }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [b, D] -> int64 [b, L]."""
+        return self._greedy(x) if self.beam == 1 else self._beam(x)
+
+    def _greedy(self, x: Tensor) -> Tensor:
+        residual, out = x.clone(), []
+        for nearest, level in zip(self.assigners, self.books.levels, strict=True):
+            codes, _ = nearest(residual)
+            residual -= level[codes]
+            out.append(codes)
+        return torch.stack(out, 1)
+
+    def _beam(self, x: Tensor) -> Tensor:
+        # |x - sum_l c_l|^2 = |x|^2 - 2 s with s = sum_l (x.c_l - |c_l|^2 / 2) - sum_{i<j} c_i.c_j: maximise s.
+        best = torch.zeros(len(x), 1, dtype=torch.float32, device=x.device)
+        codes = torch.empty(len(x), 1, 0, dtype=torch.int64, device=x.device)
+        for j, nearest in enumerate(self.assigners):
+            nearest(x)
+            scores = best[:, :, None] + nearest.scores[: len(x), None, :]  # [b, beam, K]
+            for i in range(j):
+                scores -= self.inner[i, j][codes[:, :, i]]
+            flat = scores.flatten(1)
+            picks, values = [], []
+            for _ in range(min(self.beam, flat.shape[1])):
+                pick = row_argmax(flat)[:, None]
+                picks.append(pick)
+                values.append(flat.gather(1, pick))
+                flat.scatter_(1, pick, -torch.inf)
+            pick, best = torch.cat(picks, 1), torch.cat(values, 1)
+            size = len(self.books.levels[j])
+            parent = (pick // size)[:, :, None].expand(-1, -1, j)
+            codes = torch.cat([codes.gather(1, parent), (pick % size)[:, :, None]], 2)
+        return codes[:, 0]
+
+
+def encode(x: Tensor, books: Codebooks, *, beam: int = 1) -> Tensor:
+    """Codes of every row.
+
+    Args:
+        x: float32 [n, D], standardised as for the fit.
+        books: Codebooks.
+        beam: Partial codes kept per level; 1: greedy.
+
+    Returns:
+        int64 [n, L]; the same for any number of threads, the lowest code on ties.
+    """
+    out = torch.empty(len(x), len(books.levels), dtype=torch.int64, device=x.device)
+
+    def body(tiles: range) -> None:
+        encoder = Encoder(books, beam=beam)
+        for t in tiles:
+            rows = slice(t * TILE, (t + 1) * TILE)
+            out[rows] = encoder(x[rows])
+
+    parallel(-(-len(x) // TILE), body, device=x.device)
+    return out
+
+
+def decode(codes: Tensor, books: Codebooks) -> Tensor:
+    """Vectors of codes: int64 [n, <= L] -> float32 [n, D]; fewer columns decode a prefix."""
+    out = books.levels[0][codes[:, 0]].clone()
+    for level in range(1, codes.shape[1]):
+        out += books.levels[level][codes[:, level]]
+    return out
+
+
+def fit_levels(
+    shard: Shard,
+    sizes: Sequence[int],
+    *,
+    comm: Collective,
+    seed: int,
+    iterations: int = 20,
+    full_passes: int = 2,
+    max_sample: int = 1_048_576,
+    finished: Sequence[Tensor] = (),
+    on_level: Callable[[int, KMeans], None] = lambda level, result: None,
+) -> Codebooks:
+    """Residual k-means (`rq_kmeans`): k-means on the vectors, then on what is left of them, and so on.
+
+    Args:
+        shard: This rank's standardised rows.
+        sizes: Codes per level.
+        comm: Process group.
+        seed: Level l draws from `seed + 10 l`.
+        iterations: See `fit_kmeans`.
+        full_passes: See `fit_kmeans`.
+        max_sample: See `fit_kmeans`.
+        finished: Codebooks of the first levels from an interrupted fit; the rest comes out bit for bit the same.
+        on_level: Called on every rank with (level, result) after each fitted level.
+    """
+    residual = shard.x.clone()
+    levels: list[Tensor] = []
+    for level, size in enumerate(sizes):
+        if level < len(finished):
+            codebook = finished[level]
+        else:
+            part = Shard(residual, shard.start, shard.total, shard.train)
+            result = fit_kmeans(
+                part,
+                size,
+                comm=comm,
+                seed=seed + 10 * level,
+                iterations=iterations,
+                full_passes=full_passes,
+                max_sample=max_sample,
+            )
+            codebook = result.centroids
+            on_level(level, result)
+        levels.append(codebook)
+        if level + 1 < len(sizes):
+            residual -= codebook[assign(residual, codebook)]
+    return Codebooks(tuple(levels))
+
+
+def prefix_errors(
+    shard: Shard, codes: Tensor, books: Codebooks, *, comm: Collective, held_out: bool
+) -> tuple[Tensor, int]:
+    """Squared error summed over rows after 0, 1, ... L levels.
+
+    Args:
+        shard: This rank's standardised rows.
+        codes: int64 [n, L] of those rows.
+        books: Codebooks.
+        comm: Process group.
+        held_out: Only the rows a fit did not see; all rows where none were held out.
+
+    Returns:
+        float64 [L + 1] sums (the first is the sum of squares) and the number of rows; same bits on any partition.
+    """
+    depth = len(books.levels)
+    fixed = FixedPoint.of(shard.total, _square_bound(shard, books, comm))
+    chosen = torch.ones(len(shard.x), dtype=torch.bool, device=shard.x.device)
+    if held_out and shard.train is not None:
+        chosen = ~shard.train
+
+    def body(grains: range) -> Tensor:
+        acc = torch.zeros(depth + 2, dtype=torch.int64, device=shard.x.device)
+        for g in grains:
+            rows = shard.grain(g)
+            pick = chosen[rows]
+            residual = shard.x[rows][pick]
+            code = codes[rows][pick]
+            acc[depth + 1] += len(residual)
+            for level in range(depth + 1):
+                acc[level] += fixed.encode((residual.double() ** 2).sum())
+                if level < depth:
+                    residual -= books.levels[level][code[:, level]]
+        return acc
+
+    acc = sum_of(parallel(shard.num_grains, body, device=shard.x.device))
+    comm.all_reduce(acc)
+    return fixed.decode(acc[: depth + 1]), int(acc[depth + 1])
+
+
+def _square_bound(shard: Shard, books: Codebooks, comm: Collective) -> float:
+    return float((max_abs(shard, comm) + books.magnitude) ** 2 * shard.x.shape[1])
+

@@ -1,0 +1,129 @@
+"""Metrics on the validation targets, for early stopping with the very scorer that will serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qbrec.ranking.metrics import METRICS, metrics_of_ranks
+from qbrec.ranking.scorer import Scorer
+from qbrec.ranking.topk import target_ranks
+from qbrec.storage.ragged import Ragged
+
+# Scores of one batch stay below this many floats, whatever the catalogue and the batch size asked for.
+MAX_SCORES = 1 << 27
+
+
+class HistoriesLike(Protocol):
+    """The part of `storage.catalog_view.Histories` that ranking needs."""
+
+    @property
+    def rows(self) -> Ragged:
+        """Item rows of every user, oldest first."""
+        ...
+
+    @property
+    def cut(self) -> NDArray[Any]:
+        """Start of validation and of test inside each history, [U, 2]."""
+        ...
+
+    @property
+    def domain(self) -> NDArray[Any]:
+        """Domain code of every user's history, [U]."""
+        ...
+
+
+def batch_rows(batch_users: int, num_items: int) -> int:
+    """Users scored at once, so that their dense scores fit a fixed budget of memory."""
+    return max(1, min(batch_users, MAX_SCORES // max(num_items, 1)))
+
+
+def validation_users(histories: HistoriesLike) -> NDArray[np.int64]:
+    """Users with a validation target and something before it, ascending."""
+    cut = np.asarray(histories.cut)
+    return np.flatnonzero((cut[:, 0] >= 1) & (cut[:, 0] < cut[:, 1])).astype(np.int64)
+
+
+def test_users(histories: HistoriesLike) -> NDArray[np.int64]:
+    """Users with a test target and something before it, ascending."""
+    start = np.asarray(histories.cut)[:, 1]
+    return np.flatnonzero((start >= 1) & (start < histories.rows.lengths)).astype(np.int64)
+
+
+def contexts_and_targets(
+    histories: HistoriesLike, users: NDArray[np.int64], *, part: int
+) -> tuple[Ragged, NDArray[np.int64]]:
+    """What is known and what is sought: `rows[:cut]` and `rows[cut]` of each user.
+
+    Args:
+        histories: All histories.
+        users: Indices into them, [B].
+        part: 0 for validation, 1 for test.
+
+    Returns:
+        contexts (B ragged rows) and target item rows int64 [B].
+    """
+    start = np.asarray(histories.cut)[users, part].astype(np.int64)
+    rows = histories.rows
+    return rows.take(users).prefix(start), rows.values[rows.offsets[users] + start].astype(np.int64)
+
+
+def validation_metrics(
+    scorer: Scorer,
+    histories: HistoriesLike,
+    *,
+    tie_rank: NDArray[np.int64],
+    allowed: NDArray[np.bool_] | None = None,
+    max_users: int = 0,
+    seed: int = 0,
+    batch_users: int = 256,
+    rank: int = 0,
+    world: int = 1,
+    all_reduce: Callable[[torch.Tensor], object] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Full-catalogue metrics on the validation targets, seen items removed.
+
+    The users are the same for every rank and call; rank r scores users r, r + world, … and sums are exact at any
+    world size.
+
+    Args:
+        scorer: Model under training.
+        histories: Histories of the target domain; context `rows[:cut0]`, target `rows[cut0]`.
+        tie_rank: Order of equal scores, [N].
+        allowed: Candidates (the items of the target domain), bool [N].
+        max_users: Users drawn at random with `seed`; 0: all.
+        seed: Of that draw.
+        batch_users: Users scored at once (fewer on huge catalogues).
+        rank: This process.
+        world: Number of processes.
+        all_reduce: Sums a float64 tensor over processes in place; needed if world > 1.
+        device: Where that tensor must lie (nccl reduces on the GPU only).
+
+    Returns:
+        `hr@1 … ndcg@20, mrr` as in `METRICS`, and `num_users`. All zero without a single validation target.
+    """
+    assert world == 1 or all_reduce is not None
+    users = validation_users(histories)
+    if 0 < max_users < len(users):
+        users = np.sort(np.random.default_rng(seed).choice(users, max_users, replace=False))
+    mine = users[rank::world]
+    sums = np.zeros(len(METRICS) + 1)
+    step = batch_rows(batch_users, len(tie_rank))
+    for begin in range(0, len(mine), step):
+        batch = mine[begin : begin + step]
+        contexts, targets = contexts_and_targets(histories, batch, part=0)
+        scores = scorer.scores(contexts, histories.domain[batch])
+        ranks = target_ranks(scores, targets, tie_rank=tie_rank, exclude=contexts, allowed=allowed)
+        sums[:-1] += metrics_of_ranks(ranks).sum(0)
+        sums[-1] += len(batch)
+    total = torch.from_numpy(sums).to(device)
+    if all_reduce is not None:
+        all_reduce(total)
+    count = float(total[-1])
+    means = (total[:-1] / max(count, 1.0)).tolist()
+    return {**dict(zip(METRICS, means, strict=True)), "num_users": count}

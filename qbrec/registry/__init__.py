@@ -1,0 +1,1 @@
+"""The servable bundle: register, gate, promote, roll back, recommend."""

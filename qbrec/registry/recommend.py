@@ -1,0 +1,216 @@
+"""Recommend: the same code behind `qbrec recommend`, the served model and the report."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qbrec.config.stages import RankingConfig
+from qbrec.errors import ConfigError, DataError
+from qbrec.registry.bundle import open_part, read_bundle, require
+from qbrec.storage.artifact import Artifact
+from qbrec.storage.ragged import Ragged
+
+if TYPE_CHECKING:
+    from qbrec.ranking import Scorer
+    from qbrec.storage.catalog_view import CatalogView
+
+BATCH = 64  # histories scored at once: the scores of one batch are [BATCH, N] float32
+_SUGGEST_FROM = 20_000  # ids compared letter by letter for a suggestion
+
+
+class Recommendation(TypedDict):
+    """One recommended item; `label` reads its semantic ID in words."""
+
+    item_id: str
+    title: str
+    score: float
+    semantic_id: str
+    label: str
+
+
+class Recommender:
+    """Ranks the whole target domain for histories of item ids.
+
+    Args:
+        catalog: Reading side of the catalogue.
+        semantic_ids: Codes of all items, unsigned [N, L].
+        labels: Words per code prefix (`"12"`, `"12.7"`, …), most telling first.
+        scorer: Scores every item for histories.
+        domain: The domain that histories and recommendations belong to.
+    """
+
+    def __init__(
+        self,
+        *,
+        catalog: CatalogView,
+        semantic_ids: NDArray[np.unsignedinteger[Any]],
+        labels: Mapping[str, Sequence[str]],
+        scorer: Scorer,
+        domain: str,
+    ) -> None:
+        from qbrec.ranking import tie_rank
+
+        self._catalog, self._ids, self._labels, self._scorer = catalog, semantic_ids, labels, scorer
+        self.domain = domain
+        self._domain_index = catalog.domains.index(domain)
+        self._allowed = np.asarray(catalog.domain_mask(domain))
+        self._tie_rank = tie_rank(catalog.train_counts)
+        self.num_candidates = int(self._allowed.sum())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Recommender:
+        """Open a bundle.
+
+        Raises:
+            DataError: It is no bundle, or a file of it is damaged.
+        """
+        folder = Path(folder)
+        document = read_bundle(folder)
+        artifacts = {kind: open_part(folder, kind) for kind in ("catalog", "quantizer", "finetune")}
+        ranking = RankingConfig.model_validate(document["ranking"])
+        return cls.from_artifacts(artifacts, domain=document["domain"], ranking=ranking)
+
+    @classmethod
+    def from_artifacts(
+        cls, artifacts: Mapping[str, Artifact], *, ranking: RankingConfig, domain: str | None = None
+    ) -> Recommender:
+        """Build it from a run's artifacts.
+
+        Args:
+            artifacts: `catalog`, `quantizer`, `finetune`.
+            ranking: The run's ranking configuration.
+            domain: None: the catalogue's target domain.
+
+        Raises:
+            DataError: An artifact is missing or damaged.
+        """
+        from qbrec.ranking import FactorisedScorer
+        from qbrec.sequence.recommender import SequenceRecommender
+        from qbrec.storage.catalog_view import CatalogView
+
+        catalog = CatalogView(require(artifacts, "catalog"))
+        quantizer = require(artifacts, "quantizer")
+        semantic_ids = quantizer.load_npy("semantic_ids.npy")
+        encoder = SequenceRecommender.load(
+            require(artifacts, "finetune"), semantic_ids=semantic_ids, levels=tuple(quantizer.meta["levels"])
+        )
+        return cls(
+            catalog=catalog,
+            semantic_ids=semantic_ids,
+            labels=quantizer.load_json("labels.json"),
+            scorer=FactorisedScorer(encoder, semantic_ids=semantic_ids, chunk_items=ranking.chunk_items),
+            domain=domain or str(catalog.artifact.meta["target_domain"]),
+        )
+
+    def recommend(
+        self, histories: Sequence[Sequence[str]], *, k: int = 10, keep_seen: bool = False
+    ) -> list[list[Recommendation]]:
+        """The k best items of the domain for every history, best first.
+
+        Args:
+            histories: Item ids, most recent last. The model reads the last ones it was trained for; the
+                filter of seen items reads all.
+            k: Items per history; fewer come back where everything else was seen.
+            keep_seen: Also recommend what the history holds.
+
+        Raises:
+            DataError: A history is empty or names an item that the catalogue does not have.
+            ConfigError: k is below 1 or above the number of items of the domain.
+        """
+        rows = [self._rows(history, position=i) for i, history in enumerate(histories)]
+        if not 1 <= k <= self.num_candidates:
+            raise ConfigError(
+                f"k is {k}, but the domain {self.domain!r} has {self.num_candidates:,} items",
+                where="k",
+                fix=f"choose k between 1 and {self.num_candidates}",
+            )
+        found: list[list[Recommendation]] = []
+        for start in range(0, len(rows), BATCH):
+            found += self._batch(rows[start : start + BATCH], k=k, keep_seen=keep_seen)
+        return found
+
+    def popular(self, count: int) -> list[str]:
+        """Item ids of the domain's most popular items in training."""
+        rows = np.flatnonzero(self._allowed)
+        best = rows[np.argsort(self._tie_rank[rows], kind="stable")[:count]]
+        return self._catalog.item_ids(best)
+
+    def semantic_id(self, row: int) -> str:
+        """`<a_12><b_7>…` of one item row."""
+        from qbrec.sequence.vocabulary import format_semantic_id
+
+        return format_semantic_id([int(code) for code in self._ids[row]])
+
+    def label(self, row: int) -> str:
+        """`[Art] [Paint] [Set]`: the item's semantic ID in words."""
+        from qbrec.quantizer.labels import describe
+
+        return describe(self._labels, [int(code) for code in self._ids[row]])
+
+    def _batch(self, rows: list[NDArray[np.int64]], *, k: int, keep_seen: bool) -> list[list[Recommendation]]:
+        from qbrec.ranking import top_k
+
+        histories = Ragged.from_lists(rows)
+        scores = self._scorer.scores(histories, self._domain_index)
+        best, values = top_k(
+            scores,
+            k,
+            tie_rank=self._tie_rank,
+            exclude=None if keep_seen else histories,
+            allowed=self._allowed,
+        )
+        pairs = zip(best.cpu().numpy(), values.cpu().numpy(), strict=True)
+        return [self._describe(found[found >= 0], score[found >= 0]) for found, score in pairs]
+
+    def _describe(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Recommendation]:
+        ids, titles = self._catalog.item_ids(rows), self._catalog.titles(rows)
+        return [
+            {
+                "item_id": item_id,
+                "title": title,
+                "score": float(score),
+                "semantic_id": self.semantic_id(int(row)),
+                "label": self.label(int(row)),
+            }
+            for item_id, title, score, row in zip(ids, titles, scores, rows, strict=True)
+        ]
+
+    def _rows(self, history: Sequence[str], *, position: int) -> NDArray[np.int64]:
+        if len(history) == 0:
+            raise DataError(
+                "a history is empty: there is nothing to continue",
+                where=f"history {position}",
+                fix="give at least one item id; for users without a past, recommend what is popular",
+            )
+        wrong = next((item for item in history if not isinstance(item, str)), None)
+        if wrong is not None:
+            raise DataError(
+                f"an item id is {wrong!r}, not a text", where=f"history {position}", fix="write item ids as texts"
+            )
+        rows = np.asarray(self._catalog.lookup(list(history), self.domain))
+        if (rows < 0).any():
+            unknown = history[int(np.flatnonzero(rows < 0)[0])]
+            near = self._nearest(unknown)
+            raise DataError(
+                f"unknown item id {unknown!r} in domain {self.domain!r}",
+                where=f"history {position}",
+                fix=f"did you mean {', '.join(near)}?" if near else "use item ids of the catalogue that was trained on",
+            )
+        return rows
+
+    def _nearest(self, unknown: str) -> list[str]:
+        """Up to three known ids that look like it; in large catalogues only among ids of the same beginning."""
+        rows = np.flatnonzero(self._allowed)
+        known = self._catalog.item_ids(rows) if len(rows) <= 50 * _SUGGEST_FROM else []
+        for length in (0, 2, 4, 6):
+            if len(known) <= _SUGGEST_FROM:
+                break
+            start = unknown[:length].lower()
+            known = [item for item in known if item.lower().startswith(start)]
+        return difflib.get_close_matches(unknown, known[:_SUGGEST_FROM], n=3, cutoff=0.6)

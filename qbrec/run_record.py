@@ -1,0 +1,106 @@
+"""`<storage>/runs/<name>/`: who owns a run, what it is made of, how far it came."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from qbrec.config import RootConfig, dump_config
+from qbrec.errors import ConfigError, LaunchError
+from qbrec.storage.artifact import write_atomic
+
+
+def run_directory(config: RootConfig) -> Path:
+    """Directory of a run; its identity is (storage, name)."""
+    return Path(config.run.storage).resolve() / "runs" / config.run.name
+
+
+class RunRecord:
+    """A run on disk, held by one process at a time.
+
+    Attributes:
+        path: The run's directory.
+        stages: Stage → {"key", "path", "seconds"} of every stage brought up to date.
+        extra: Further facts, such as the registered version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stages: dict[str, dict[str, Any]] = {}
+        self.extra: dict[str, Any] = {}
+        self.digest = ""
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> RunRecord:
+        """Read a run without owning it; an empty record where there is none."""
+        record = cls(path)
+        file = path / "run.json"
+        if file.is_file():
+            document = json.loads(file.read_text(encoding="utf-8"))
+            record.stages, record.extra = document["stages"], document["extra"]
+            record.digest = document["digest"]
+        return record
+
+    @classmethod
+    def own(cls, config: RootConfig, *, resume: str) -> RunRecord:
+        """Open or begin the run of a configuration and keep other processes out until `close`.
+
+        Args:
+            config: The configuration.
+            resume: `auto` goes on where there is something to go on from, `must` insists on it, `never` refuses.
+
+        Raises:
+            ConfigError: The name is in use with another configuration, or `resume` does not fit.
+            LaunchError: Another process is running it.
+        """
+        path = run_directory(config)
+        existed = (path / "run.json").is_file()
+        if resume == "must" and not existed:
+            raise ConfigError("there is no run to resume", where=str(path), fix="drop --resume must")
+        if resume == "never" and existed:
+            raise ConfigError("the run exists already", where=str(path), fix="choose another run.name")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(path / ".lock", "w")  # noqa: SIM115 - held until the run ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise LaunchError(
+                "another process is running this run", where=str(path), fix="wait for it, or choose another run.name"
+            ) from None
+        record = cls.load(path)
+        record._lock = lock
+        digest = config_digest(config)
+        if record.digest and record.digest != digest:
+            lock.close()
+            raise ConfigError(
+                f"the run name {config.run.name!r} is in use with another configuration",
+                where=str(path / "config.yaml"),
+                fix="choose another run.name (finished stages are shared between runs), or delete that folder",
+            )
+        record.digest = digest
+        write_atomic(path / "config.yaml", dump_config(config).encode())
+        record.save()
+        return record
+
+    def save(self) -> None:
+        """Write run.json."""
+        document = {"digest": self.digest, "stages": self.stages, "extra": self.extra}
+        write_atomic(self.path / "run.json", json.dumps(document, indent=1, sort_keys=True).encode())
+
+    def close(self) -> None:
+        """Let other processes have the run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def config_digest(config: RootConfig) -> str:
+    """Hash of what makes two runs the same: everything but where and how wide they execute."""
+    tree = config.model_dump(mode="json", exclude={"compute", "tracking"})
+    del tree["run"]["storage"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

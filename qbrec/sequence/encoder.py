@@ -1,0 +1,193 @@
+"""The masked encoder: a pre-norm BERT over H × L tokens of semantic IDs, with unpadded attention and a head per level."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qbrec.config.stages import SequenceConfig
+from qbrec.sequence.packing import PackedHistories, token_layout
+from qbrec.sequence.vocabulary import Vocabulary
+
+
+class SequenceEncoder(nn.Module):
+    """Predicts the hidden codes of histories.
+
+    Token = code (or mask) embedding + position of its item + level + mean embedding of the item's visible codes. Positions count from the
+    end of the history, so that the most recent item always has the same one. Output weights are the code embeddings (tied), and a hidden
+    code is compared with the codes of its own level only.
+
+    Args:
+        config: Width, layers, heads, dropout, longest history, kind of positions.
+        vocabulary: Levels and domains.
+    """
+
+    def __init__(self, config: SequenceConfig, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        width = config.width
+        self.tokens = nn.Embedding(vocabulary.size, width)
+        self.level_embedding = nn.Embedding(vocabulary.num_levels, width)
+        # A history of H items plus the item that is to be predicted.
+        self.num_positions = config.max_items + 1
+        if config.position == "learned":
+            self.positions = nn.Embedding(self.num_positions, width)
+        self.item_projection = nn.Linear(width, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(width, heads=config.heads, dropout=config.dropout) for _ in range(config.layers)
+        )
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.code_bias = nn.Parameter(torch.zeros(vocabulary.starts[-1]))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02) weights, zero biases, as in BERT; the residual outputs shrunk by depth."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for output in (block.attention_output, block.down):
+                nn.init.normal_(output.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+
+    def forward(self, batch: PackedHistories, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Scores of the codes of every hidden token.
+
+        Args:
+            batch: Packed histories.
+            hidden: bool [S, L], True where a code must be predicted; its value in `batch.codes` is not read.
+
+        Returns:
+            Per level float32 [M_l, K_l], in the order of `hidden[:, l].nonzero()`.
+        """
+        layout = token_layout(
+            batch.lengths, num_items=len(batch.codes), num_levels=self.vocabulary.num_levels
+        )
+        wanted = [
+            layout.item_tokens[:, level][hidden[:, level]] for level in range(self.vocabulary.num_levels)
+        ]
+        x = self._embed(batch, hidden, layout.item_tokens, layout.domain_tokens, layout.age, layout.num_tokens)
+        rotation = self._rotation(layout.item_tokens, layout.age, layout.num_tokens)
+        groups = tuple(
+            (count, 1 + items * self.vocabulary.num_levels) for count, items in batch.groups
+        )
+        for block in self.blocks[:-1]:
+            x = block(x, groups, rotation)
+        # Nothing reads the last layer anywhere but at the hidden tokens.
+        x = self.head(self.blocks[-1](x, groups, rotation, torch.cat(wanted)))
+        return self._logits(x, [len(places) for places in wanted])
+
+    def _embed(
+        self,
+        batch: PackedHistories,
+        hidden: torch.Tensor,
+        item_tokens: torch.Tensor,
+        domain_tokens: torch.Tensor,
+        age: torch.Tensor,
+        num_tokens: int,
+    ) -> torch.Tensor:
+        """float [num_tokens, D] input of the first block."""
+        vocabulary = self.vocabulary
+        ids = torch.where(hidden, vocabulary.mask, vocabulary.tokens(batch.codes))  # [S, L]
+        codes = self.tokens(ids)  # [S, L, D]
+        visible = (~hidden).to(codes.dtype)[..., None]
+        item = self.item_projection((codes * visible).sum(1) / visible.sum(1).clamp(min=1))  # [S, D]
+        if self.config.position == "learned":
+            item = item + self.positions(age)
+        content = codes + item[:, None] + self.level_embedding.weight
+        x = content.new_empty(num_tokens, content.shape[-1])
+        x = x.index_copy(0, item_tokens.reshape(-1), content.reshape(-1, content.shape[-1]))
+        x = x.index_copy(0, domain_tokens, self.tokens(vocabulary.domain_tokens(batch.domains)).to(x.dtype))
+        return self.dropout(x)
+
+    def _rotation(
+        self, item_tokens: torch.Tensor, age: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine [num_tokens, head width / 2] of rotary positions, one angle per item (Su et al. 2021)."""
+        if self.config.position == "learned":
+            return None
+        half = self.config.width // self.config.heads // 2
+        frequency = 10_000.0 ** (-torch.arange(half, device=age.device, dtype=torch.float32) / half)
+        place = torch.zeros(num_tokens, device=age.device)
+        place[item_tokens] = -age.to(torch.float32)[:, None].expand(item_tokens.shape)
+        angle = place[:, None] * frequency
+        return angle.cos(), angle.sin()
+
+    def _logits(self, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+        """Per level float32 [M_l, K_l] from head outputs [ΣM_l, D]."""
+        starts = self.vocabulary.starts
+        logits = []
+        for level, rows in enumerate(x.split(counts)):
+            first, last = starts[level], starts[level + 1]
+            scores = functional.linear(rows, self.tokens.weight[first:last], self.code_bias[first:last])
+            logits.append(scores.float())
+        return logits
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over a packed array of sequences."""
+
+    def __init__(self, width: int, *, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_output = nn.Linear(width, width)
+        self.feed_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        groups: tuple[tuple[int, int], ...],
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One block.
+
+        Args:
+            x: float [num_tokens, D].
+            groups: (sequences, tokens in each), covering `x` in order.
+            rotation: Rotary cosine and sine [num_tokens, head width / 2], or None.
+            keep: int64 [M], the tokens that are read afterwards; None: all.
+
+        Returns:
+            float [num_tokens or M, D].
+        """
+        mixed = self._attend(self.qkv(self.attention_norm(x)), groups, rotation)
+        if keep is not None:
+            x, mixed = x[keep], mixed[keep]
+        x = x + self.dropout(self.attention_output(mixed))
+        fed = self.down(functional.gelu(self.up(self.feed_norm(x)), approximate="tanh"))
+        return x + self.dropout(fed)
+
+    def _attend(
+        self,
+        qkv: torch.Tensor,
+        groups: tuple[tuple[int, int], ...],
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """float [num_tokens, D] from [num_tokens, 3D]: every token attends to the tokens of its own sequence."""
+        width = qkv.shape[-1] // 3
+        qkv = qkv.view(len(qkv), 3, self.heads, width // self.heads)
+        if rotation is not None:
+            query, key, value = qkv.unbind(1)
+            qkv = torch.stack((_rotate(query, *rotation), _rotate(key, *rotation), value), 1)
+        mixed = []
+        for (count, tokens), part in zip(groups, qkv.split([c * t for c, t in groups]), strict=True):
+            query, key, value = part.view(count, tokens, *part.shape[1:]).permute(2, 0, 3, 1, 4)
+            out = functional.scaled_dot_product_attention(query, key, value)  # [count, heads, tokens, D / heads]
+            mixed.append(out.transpose(1, 2).reshape(count * tokens, width))
+        return torch.cat(mixed)
+
+
+def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Rotates pairs of channels of x [num_tokens, heads, channels]."""
+    first, second = x.chunk(2, -1)
+    cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
+    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), -1)

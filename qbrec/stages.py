@@ -1,0 +1,92 @@
+"""The stages in order: what each needs, what of the configuration shapes it, and where its code lies.
+
+This table is the only place that knows them all; stages themselves meet on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qbrec.config import RootConfig
+from qbrec.storage.artifact import Artifact, artifact_key
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the road.
+
+    Attributes:
+        name: Name, and kind of the artifact it writes.
+        entry: `module:function` with the signature `run(ctx, config, inputs) -> Artifact`.
+        inputs: Stages whose artifacts it reads.
+        recipe: What of the configuration shapes its result.
+        distributed: Runs on all workers; otherwise once, on the driver.
+    """
+
+    name: str
+    entry: str
+    inputs: tuple[str, ...]
+    recipe: Callable[[RootConfig], dict[str, Any]]
+    distributed: bool = True
+
+    def key(self, config: RootConfig, *, inputs: Mapping[str, Artifact], sources: str) -> str:
+        """Key of the artifact this stage would write."""
+        prints = {name: inputs[name].fingerprint for name in self.inputs} or {"sources": sources}
+        return artifact_key(self.name, config=self.recipe(config), seed=config.run.seed, inputs=prints)
+
+
+def _catalog(config: RootConfig) -> dict[str, Any]:
+    return {"catalog": _dump(config.catalog), "domains": list(config.data.domains), "target": config.data.target_domain}
+
+
+def _pretrain(config: RootConfig) -> dict[str, Any]:
+    sequence = _dump(config.sequence)
+    del sequence["finetune"]
+    return {"sequence": sequence}
+
+
+def _finetune(config: RootConfig) -> dict[str, Any]:
+    return {"sequence": _dump(config.sequence), "scorer": config.ranking.scorer, "target": config.data.target_domain}
+
+
+def _evaluation(config: RootConfig) -> dict[str, Any]:
+    return {
+        "evaluation": _dump(config.evaluation),
+        "scorer": config.ranking.scorer,
+        "target": config.data.target_domain,
+    }
+
+
+def _dump(section: Any) -> dict[str, Any]:
+    # When a loop writes checkpoints and how many it keeps changes nothing of what it learns.
+    tree: dict[str, Any] = section.model_dump(mode="json")
+    for name in ("train", "pretrain", "finetune"):
+        if isinstance(tree.get(name), dict):
+            tree[name] = {k: v for k, v in tree[name].items() if k not in ("checkpoint_every", "keep_checkpoints")}
+    return tree
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("catalog", "qbrec.catalog.stage:run", (), _catalog, distributed=False),
+        Stage("fusion", "qbrec.fusion.stage:run", ("catalog",), lambda c: {"fusion": _dump(c.fusion)}),
+        Stage(
+            "quantizer",
+            "qbrec.quantizer.stage:run",
+            ("catalog", "fusion"),
+            lambda c: {"quantizer": _dump(c.quantizer)},
+        ),
+        Stage("pretrain", "qbrec.sequence.stage:pretrain", ("catalog", "quantizer"), _pretrain),
+        Stage("finetune", "qbrec.sequence.stage:finetune", ("catalog", "quantizer", "pretrain"), _finetune),
+        Stage(
+            "evaluation",
+            "qbrec.evaluation.stage:run",
+            ("catalog", "quantizer", "finetune"),
+            _evaluation,
+            distributed=False,
+        ),
+    )
+}

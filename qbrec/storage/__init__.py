@@ -1,0 +1,1 @@
+"""Where bytes live: artifacts with a commit protocol, block tars, the resumable loader."""

@@ -1,0 +1,245 @@
+"""Batches for training: one global order for any number of ranks, resumed with the very next sample."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qbrec.errors import CheckpointError, DataError
+from qbrec.storage.block_reader import BlockSet, Fields, FieldSpec
+from qbrec.storage.order import WINDOW_BLOCKS, EpochOrder, SampleOrder
+from qbrec.storage.ragged import Ragged
+
+Batch = TypeVar("Batch")
+Collate = Callable[[Fields, NDArray[np.int64], int], Batch]
+
+
+class BatchLoader(Generic[Batch]):
+    """Yields optimiser steps; each is this rank's micro-batches, made by `collate` in a thread ahead of use.
+
+    Step `b` of an epoch is samples `b * batch_size …` of the epoch's order (see `SampleOrder`), cut into
+    micro-batches of `micro_batch` consecutive samples; micro-batch `j` goes to rank `j % world`. Which
+    samples form a micro-batch does not depend on `world`. The last step of an epoch is smaller: nothing is
+    dropped or repeated.
+
+    Args:
+        blocks: What to read.
+        batch_size: Samples of one step, over all ranks.
+        micro_batch: Samples of one call of the model.
+        seed: Seed of the order.
+        rank: This process.
+        world: Number of processes.
+        collate: Called with (fields, sample numbers int64 [b], epoch); `fields` holds arrays [b, …] and
+            `Ragged` of length b by name. It runs in the loader's thread and depends on its arguments only.
+        fields: Dense fields by name, ragged ones as `RaggedField`; by default all, which then must be dense.
+        select: The samples that take part, bool [num_samples]; by default all.
+        prefetch: Steps made ahead; 0 makes each when it is asked for, without a thread.
+        window_blocks: Blocks shuffled together.
+
+    Raises:
+        DataError: No sample is selected.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockSet,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+        collate: Collate[Batch],
+        fields: Sequence[FieldSpec] | None = None,
+        select: NDArray[np.bool_] | None = None,
+        prefetch: int = 2,
+        window_blocks: int = WINDOW_BLOCKS,
+    ) -> None:
+        assert 0 <= rank < world
+        assert min(batch_size, micro_batch) > 0
+        assert prefetch >= 0
+        self.blocks, self.collate = blocks, collate
+        self.fields: tuple[FieldSpec, ...] = tuple(blocks.fields if fields is None else fields)
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.rank, self.world, self.prefetch = rank, world, prefetch
+        self._selected: NDArray[np.int64] | None = None  # sample numbers that take part, ascending
+        self._starts = blocks.starts
+        if select is not None:
+            assert select.shape == (blocks.num_samples,)
+            self._selected = np.flatnonzero(select)
+            self._starts = np.searchsorted(self._selected, blocks.starts).astype(np.int64)
+        self.order = SampleOrder(np.diff(self._starts), seed=seed, window_blocks=window_blocks)
+        self.num_samples = self.order.num_samples
+        if self.num_samples == 0:
+            raise DataError(
+                f"no sample of {blocks.prefix!r} takes part in training",
+                where=f"{blocks.num_samples} samples, 0 selected",
+                fix="check the catalogue's report for the domain, history lengths and rejected rows",
+            )
+        self._epoch, self._step = 0, 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch, the same on every rank."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    @property
+    def micro_steps(self) -> int:
+        """Length of the list that makes a step, the same in every step and on every rank."""
+        return math.ceil(math.ceil(self.batch_size / self.micro_batch) / self.world)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the data, the order and the batch size: what a position in the epoch refers to."""
+        recipe = hashlib.blake2b(digest_size=16)
+        recipe.update(f"{self.blocks.fingerprint}:{self.order.fingerprint}:{self.batch_size}".encode())
+        if self._selected is not None:
+            recipe.update(self._selected.astype("<i8").tobytes())
+        return recipe.hexdigest()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next step."""
+        return self._epoch
+
+    def state(self) -> dict[str, Any]:
+        """The next step, `{"epoch", "step", "fingerprint"}`: yielded steps count, not those made ahead."""
+        return {"epoch": self._epoch, "step": self._step, "fingerprint": self.fingerprint}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; rank, world and micro-batch may differ.
+
+        Raises:
+            CheckpointError: It was taken with other data, another seed or another batch size.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise CheckpointError(
+                "the checkpoint's place in the data belongs to another order of samples",
+                where=f"loader of {self.blocks.prefix!r}, epoch {state['epoch']}, step {state['step']}",
+                fix="resume with the same catalogue, seed and batch size, or start a new run",
+            )
+        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+
+    def iterate(self, epoch: int | None = None) -> Iterator[list[Batch | None]]:
+        """Steps to the end of one epoch.
+
+        Args:
+            epoch: The epoch; by default that of `state()`. That one goes on at the next step, any other
+                begins at its first.
+
+        Yields:
+            `micro_steps` micro-batches, then None where the step has none left for this rank.
+        """
+        if epoch is not None and epoch != self._epoch:
+            self._epoch, self._step = epoch, 0
+        current, first = self._epoch, self._step
+        steps = _ahead(self._make(current, first), self.prefetch)
+        try:
+            for step, batches in enumerate(steps, first + 1):
+                end = step == self.steps_per_epoch
+                self._epoch, self._step = (current + 1, 0) if end else (current, step)
+                yield batches
+        finally:
+            steps.close()
+
+    def _make(self, epoch: int, first: int) -> Iterator[list[Batch | None]]:
+        """Steps from `first` on, without a thread."""
+        order = self.order.epoch(epoch)
+        reader = _WindowReader(self, order)
+        for step in range(first, self.steps_per_epoch):
+            begin = step * self.batch_size
+            end = min(begin + self.batch_size, self.num_samples)
+            batches: list[Batch | None] = []
+            for slot in range(self.micro_steps):
+                low = begin + (slot * self.world + self.rank) * self.micro_batch
+                high = min(low + self.micro_batch, end)
+                batches.append(self.collate(*reader.read(low, high), epoch) if low < high else None)
+            yield batches
+
+    def _own(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which positions of the epoch belong to this rank."""
+        own: NDArray[np.bool_] = positions % self.batch_size // self.micro_batch % self.world == self.rank
+        return own
+
+    def _samples(self, blocks: NDArray[np.int64], local: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample numbers of (block, place among its selected samples)."""
+        index = self._starts[blocks] + local
+        return index if self._selected is None else self._selected[index]
+
+
+class _WindowReader:
+    """Gathers this rank's part of a window once, in order; micro-batches are then slices of it."""
+
+    def __init__(self, loader: BatchLoader[Any], order: EpochOrder) -> None:
+        self.loader, self.order = loader, order
+        self._window = -1
+        self._positions = self._samples = np.zeros(0, np.int64)
+        self._fields: Fields = {}
+
+    def read(self, begin: int, end: int) -> tuple[Fields, NDArray[np.int64]]:
+        """Fields and sample numbers of positions `begin` to `end`, all this rank's; never goes back."""
+        parts = []
+        ids = []
+        while begin < end:
+            window = self.order.window_of(begin)
+            if window != self._window:
+                self._load(window, begin)
+            stop = min(end, int(self.order.window_starts[window + 1]))
+            low, high = np.searchsorted(self._positions, (begin, stop)).tolist()
+            parts.append({name: _slice(value, low, high) for name, value in self._fields.items()})
+            ids.append(self._samples[low:high])
+            begin = stop
+        if len(parts) == 1:
+            return parts[0], ids[0]
+        return {name: _concatenate([part[name] for part in parts]) for name in parts[0]}, np.concatenate(ids)
+
+    def _load(self, window: int, begin: int) -> None:
+        start, end = self.order.window_starts[window : window + 2].tolist()
+        positions = np.arange(start, end, dtype=np.int64)
+        chosen = self.loader._own(positions) & (positions >= begin)
+        blocks, local = self.order.window(window)
+        self._window, self._positions = window, positions[chosen]
+        self._samples = self.loader._samples(blocks[chosen], local[chosen])
+        self._fields = self.loader.blocks.take(self._samples, self.loader.fields)
+
+
+def _slice(value: NDArray[Any] | Ragged, low: int, high: int) -> NDArray[Any] | Ragged:
+    return value.slice(low, high) if isinstance(value, Ragged) else value[low:high]
+
+
+def _concatenate(parts: list[Any]) -> NDArray[Any] | Ragged:
+    if isinstance(parts[0], Ragged):
+        values = np.concatenate([part.values for part in parts])
+        return Ragged.from_lengths(values, np.concatenate([part.lengths for part in parts]))
+    joined: NDArray[Any] = np.concatenate(parts)
+    return joined
+
+
+_END: Any = object()
+
+
+def _ahead(items: Iterator[Any], depth: int) -> Any:
+    """The same items, up to `depth` made ahead in a thread; closing it waits for the one being made."""
+    if depth == 0:
+        yield from items
+        return
+    thread = ThreadPoolExecutor(1, thread_name_prefix="qbrec-loader")
+    pending: deque[Future[Any]] = deque()
+    try:
+        while True:
+            while len(pending) <= depth:
+                pending.append(thread.submit(next, items, _END))
+            item = pending.popleft().result()
+            if item is _END:
+                return
+            yield item
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,130 @@
+"""ZeRO 0 to 3 and plain torch give the same losses, on 1 and 2 ranks; a resumed run gives the same bits."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from qbrec.config.sections import ComputeConfig
+from qbrec.config.stages import TrainConfig
+from qbrec.engine.context import StageContext
+from qbrec.engine.train import learning_rate, train
+from qbrec.errors import QbrecError
+from qbrec.storage.artifact import ArtifactStore
+from tests.support.spawn import run_ranks
+from tests.support.training import ToyLoader, ToyTask
+
+CONFIG = TrainConfig(epochs=4, batch_size=8, micro_batch=2, learning_rate=1e-2, checkpoint_every=3, keep_checkpoints=99)
+
+
+class Interrupted(Exception):
+    """Stands for a machine that is lost in the middle of an epoch."""
+
+
+def _context(rank: int, world: int, folder: str, stage: int) -> StageContext:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return StageContext(
+        store=ArtifactStore(folder),
+        run_dir=Path(folder),
+        stage="toy",
+        key="k" * 64,
+        seed=3,
+        rank=rank,
+        world=world,
+        compute=ComputeConfig(zero_stage=stage, device="cpu", precision="float32"),  # type: ignore[arg-type]
+    )
+
+
+def _train(rank: int, world: int, folder: str, stage: int, stop_at: int = 0) -> dict[str, object]:
+    task, loader = ToyTask(), ToyLoader(rank, world)
+    prepare, calls = task.prepare, [0]
+
+    def interrupted(batch: object, device: torch.device) -> object:
+        calls[0] += 1
+        if stop_at and calls[0] > stop_at * 4 // world:
+            raise Interrupted
+        return prepare(batch, device)  # type: ignore[arg-type]
+
+    task.prepare = interrupted  # type: ignore[assignment,method-assign]
+    try:
+        result = train(_context(rank, world, folder, stage), task, loader, config=CONFIG, label="toy")
+    except Interrupted:
+        return {"losses": [], "weights": {}, "fired": True}
+    return {"losses": result.losses, "weights": task.module.state_dict(), "fired": False}
+
+
+def _plain_torch() -> list[float]:
+    """The same training, written down without engine, ranks or accumulation of ours."""
+    task, loader = ToyTask(), ToyLoader(0, 1)
+    module = copy.deepcopy(task.module)
+    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    vectors = [p for p in module.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": CONFIG.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=CONFIG.betas)
+    context = StageContext.local(ArtifactStore("unused"), "/tmp", stage="toy", seed=3)
+    losses: list[float] = []
+    for epoch in range(CONFIG.epochs):
+        for micro_batches in loader.iterate(epoch):
+            prepared = [task.prepare(b, torch.device("cpu")) for b in micro_batches if b is not None]
+            count = sum(float(c) for _, c in prepared)
+            total = torch.zeros(())
+            for place, (batch, _) in enumerate(prepared):
+                torch.manual_seed(context.sub_seed(f"toy/dropout/{len(losses)}/{place}"))
+                total = total + task.loss(module, batch) / count
+            optimizer.zero_grad()
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), CONFIG.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(CONFIG, len(losses), CONFIG.epochs * loader.steps_per_epoch)
+            optimizer.step()
+            losses.append(float(total))
+    return losses
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_losses_equal_plain_torch(stage: int, world: int, tmp_path: Path) -> None:
+    expected = _plain_torch()
+    assert len(expected) == 20
+    for result in run_ranks(_train, world, str(tmp_path), stage):
+        torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("before", "after"), [((1, 2), (1, 2)), ((2, 3), (2, 3)), ((1, 2), (3, 1)), ((3, 2), (0, 1))])
+def test_resume(before: tuple[int, int], after: tuple[int, int], tmp_path: Path) -> None:
+    (stage0, world0), (stage1, world1) = before, after
+    whole = run_ranks(_train, world0, str(tmp_path / "whole"), stage0)[0]
+    cut = run_ranks(_train, world0, str(tmp_path / "cut"), stage0, 8)
+    assert all(result["fired"] for result in cut)
+    assert not (tmp_path / "cut" / "checkpoints" / "toy" / "step-20").exists()
+    resumed = run_ranks(_train, world1, str(tmp_path / "cut"), stage1)[0]
+    assert 0 < len(resumed["losses"]) < 20
+    tail = whole["losses"][-len(resumed["losses"]) :]
+    if before == after:
+        assert resumed["losses"] == tail
+        for name, weight in whole["weights"].items():
+            assert torch.equal(weight, resumed["weights"][name]), name
+    else:
+        torch.testing.assert_close(torch.tensor(resumed["losses"]), torch.tensor(tail), rtol=1e-5, atol=0)
+
+
+def _nan(rank: int, world: int, folder: str) -> str:
+    task, loader = ToyTask(), ToyLoader(rank, world)
+    if rank == world - 1:
+        loader.y[5] = torch.nan
+    try:
+        train(_context(rank, world, folder, 1), task, loader, config=CONFIG, label="toy")
+    except QbrecError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+def test_a_nan_on_one_rank_stops_all(tmp_path: Path) -> None:
+    messages = run_ranks(_nan, 2, str(tmp_path))
+    assert all("nan" in message and "learning_rate" in message for message in messages)

@@ -1,0 +1,48 @@
+"""A small task and loader with everything the loop must handle: dropout, uneven last batches, masked targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+class ToyTask:
+    """Regression with dropout; every sample has a different number of targets."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module: nn.Module = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 3))
+
+    def prepare(
+        self, batch: tuple[torch.Tensor, torch.Tensor], device: torch.device
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        x, y = batch
+        mask = (x[:, :1] > -0.5).float()
+        return (x.to(device), y.to(device), mask.to(device)), mask.sum()
+
+    def loss(self, module: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        x, y, mask = batch
+        return (((module(x) - y) ** 2).sum(1, keepdim=True) * mask).sum()
+
+
+class ToyLoader:
+    """`n` samples in global batches of 8, micro-batches of 2, dealt to the ranks in turn; the last batch is small."""
+
+    def __init__(self, rank: int, world: int, n: int = 37) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(n, 6, generator=generator)
+        self.y = torch.randn(n, 3, generator=generator)
+        self.rank, self.world, self.steps_per_epoch = rank, world, -(-n // 8)
+
+    def iterate(self, epoch: int, *, start: int = 0) -> Iterator[list[tuple[torch.Tensor, torch.Tensor] | None]]:
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(100 + epoch))
+        for step in range(start, self.steps_per_epoch):
+            micro = list(order[step * 8 : step * 8 + 8].split(2))
+            rounds = -(-len(micro) // self.world)
+            mine = [index * self.world + self.rank for index in range(rounds)]
+            yield [(self.x[micro[j]], self.y[micro[j]]) if j < len(micro) else None for j in mine]
+
+    def first(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x[:2], self.y[:2]

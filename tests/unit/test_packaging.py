@@ -1,0 +1,248 @@
+"""Files that must agree with each other: pins, package metadata, cluster manifests, ignore files."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import qbrec
+from qbrec.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+# Import name -> distribution, where they differ.
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+
+
+@cache
+def project() -> dict[str, object]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {name.lower().replace("_", "-"): version for name, version in pairs}
+
+
+def requirements(extra: str | None = None) -> list[Requirement]:
+    metadata = project()["project"]
+    lines = metadata["optional-dependencies"][extra] if extra else metadata["dependencies"]
+    return [Requirement(line) for line in lines]
+
+
+def name_of(requirement: Requirement) -> str:
+    return requirement.name.lower().replace("_", "-")
+
+
+@pytest.mark.parametrize("extra", [None, "dev", "encode"])
+def test_every_requirement_is_pinned_within_its_bounds(extra: str | None) -> None:
+    for requirement in requirements(extra):
+        assert requirement.specifier.contains(pins()[name_of(requirement)]), requirement
+
+
+def test_constraints_are_exact_versions_that_every_index_knows() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
+    assert lines == sorted(lines, key=str.lower)
+    known = {
+        "torch": "2.13.0",
+        "deepspeed": "0.19.8",
+        "ray": "2.60.0",
+        "webdataset": "1.0.2",
+        "mlflow": "3.17.2",
+    }
+    assert {name: pins()[name] for name in known} == known
+
+
+def imported_by(folder: Path) -> set[str]:
+    names: set[str] = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                names.add(node.module.partition(".")[0])
+    return {
+        DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in names - set(sys.stdlib_module_names)
+    } - {"qbrec"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    declared = {name_of(r) for r in requirements()}
+    imported = imported_by(ROOT / "qbrec") | imported_by(ROOT / "mlflow")
+    assert imported - declared - {name_of(r) for r in requirements("encode")} == set()
+    assert declared - imported == set()
+
+
+def test_the_console_script_exists() -> None:
+    module, _, attribute = project()["project"]["scripts"]["qbrec"].partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    assert attribute in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_wheel_holds_the_presets_and_the_serving_script(tmp_path: Path) -> None:
+    builder = pytest.importorskip(
+        "hatchling.builders.wheel", reason="hatchling is only there while pip builds"
+    )
+    wheel = next(iter(builder.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])))
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "qbrec/_mlflow/serving_model.py" in names
+    assert {f"qbrec/config/presets/{p.name}" for p in (ROOT / "qbrec/config/presets").glob("*.yaml")} <= names
+    assert {name.split("/")[0] for name in names} == {"qbrec", f"qbrec-{qbrec.__version__}.dist-info"}
+
+
+def test_our_mlflow_folder_does_not_shadow_mlflow() -> None:
+    assert not list((ROOT / "mlflow").rglob("__init__.py"))
+    # `python -c` puts the working directory first on the path, as `python -m qbrec` does.
+    code = "import importlib.util; print(importlib.util.find_spec('mlflow').origin)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    origin = Path(found.stdout.strip())
+    assert origin.name == "__init__.py"
+    assert origin.parent != ROOT / "mlflow"
+
+
+def test_the_version_is_in_the_changelog() -> None:
+    assert f"\n## {qbrec.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_pre_commit_runs_the_pinned_ruff() -> None:
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (rev,) = [repo["rev"] for repo in repos if repo["repo"].endswith("ruff-pre-commit")]
+    assert rev == f"v{pins()['ruff']}"
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp", "onprem"])
+def test_ray_cluster_files_are_valid_and_ask_for_the_token(name: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((ROOT / "cluster" / f"{name}.yaml").read_text())
+    validate_config(prepare_config(deepcopy(config)))
+    assert config["docker"]["image"] == f"REGISTRY/qbrec:{qbrec.__version__}"
+    starts = [
+        c for c in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in c
+    ]
+    assert len(starts) == 2
+    assert all(command.startswith("RAY_AUTH_MODE=token ") for command in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_kuberay_manifests_pin_what_is_installed(name: str) -> None:
+    manifest = yaml.safe_load((ROOT / "cluster" / "kuberay" / f"{name}.yaml").read_text())
+    cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    claim = yaml.safe_load((ROOT / "cluster" / "kuberay" / "storage.yaml").read_text())["metadata"]["name"]
+    assert manifest["apiVersion"] == "ray.io/v1"
+    assert cluster["rayVersion"] == pins()["ray"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        spec = group["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        assert volumes["storage"]["persistentVolumeClaim"]["claimName"] == claim
+        for container in spec["containers"]:
+            assert container["image"] == f"REGISTRY/qbrec:{qbrec.__version__}"
+            assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+
+
+def test_the_images_build_from_the_pins() -> None:
+    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    assert "--constraint constraints.txt" in text
+    assert f"qbrec:{qbrec.__version__} ." in text
+    for source in re.findall(r"^COPY (.+) \S+$", text, flags=re.MULTILINE):
+        assert all((ROOT / part).exists() for part in source.split()), source
+    assert f"mlflow=={pins()['mlflow']} " in (ROOT / "mlflow" / "compose.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", ["launch/quickstart.yaml", "launch/jobs/local.yaml", "launch/jobs/cluster.yaml"]
+)
+def test_the_shipped_configurations_are_valid(path: str) -> None:
+    config = load_config(ROOT / path)
+    assert config.data.domains
+    # A job runs in a copy of the code: a relative path would point into it.
+    if path.startswith("launch/jobs/"):
+        places = [
+            config.run.storage,
+            *(p for d in config.data.domains.values() for p in (d.items, d.interactions)),
+        ]
+        assert all(Path(place).is_absolute() for place in places)
+
+
+def test_the_uploaded_working_directory_is_code_only(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    tree, package = tmp_path / "tree", tmp_path / "package.zip"
+    code = [
+        "qbrec/cli/main.py",
+        "qbrec/config/presets/small.yaml",
+        "mlflow/serving_model.py",
+        "launch/jobs/cluster.yaml",
+    ]
+    weight = [
+        ".venv/bin/python",
+        ".git/config",
+        ".mypy_cache/x",
+        "qbrec-storage/runs/a/run.json",
+        "quickstart/data/x.txt",
+        "tests/unit/test_x.py",
+        "items.parquet",
+        "deep/down/fused-000000.tar",
+        "qbrec/__pycache__/a.pyc",
+    ]
+    for name in code + weight:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("x")
+    for name in (".gitignore", ".rayignore"):
+        (tree / name).write_text((ROOT / name).read_text())
+    create_package(str(tree), package, include_gitignore=True)
+    names = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
+    assert {name for name in names if not Path(name).name.startswith(".")} == set(code)
+
+
+def test_the_runtime_env_sets_strings_only() -> None:
+    env = yaml.safe_load((ROOT / "launch" / "runtime_env.yaml").read_text())
+    assert set(env) == {"env_vars"}
+    assert all(isinstance(value, str) for value in env["env_vars"].values())
+
+
+@pytest.mark.parametrize(
+    "script", sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("cluster/*.sh"), ROOT / ".ci/run"])
+)
+def test_shell_scripts_parse(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_an_old_python_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(old), "QBREC_VENV": str(tmp_path / "venv")}
+    script = f"source {ROOT}/launch/install.sh; install_qbrec"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no Python 3.11 or newer found" in done.stderr
+    assert "fix: " in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_supported_python_is_what_the_scripts_ask_for() -> None:
+    assert "3.11.0" in SpecifierSet(project()["project"]["requires-python"])
+    assert "3.10.9" not in SpecifierSet(project()["project"]["requires-python"])
+    assert "(3, 11)" in (ROOT / "launch" / "install.sh").read_text()
