@@ -24,6 +24,7 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
+from qbrec.baselines.sparse import SparseRace
 from qbrec.ranking.scorer import Domain
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import HistoriesLike, contexts_and_targets, validation_users
@@ -57,7 +58,7 @@ class ItemKNN:
         assert co.shape == (len(counts), len(counts))
         self.co, self.counts, self.alpha, self.decay = co, counts, alpha, decay
         self.num_items = len(counts)
-        self._normalised = sp.diags(1 / np.sqrt(counts + 1.0)) @ co
+        self._normalised = (sp.diags(1 / np.sqrt(counts + 1.0)) @ co).astype(np.float32)
         self._matrix = self._weighted(alpha)
         # Below every positive score, and distinct as far as float32 reaches; beyond, ties go by popularity as well.
         self._fill = torch.from_numpy((-(tie_rank(counts) + 1.0) / self.num_items).astype(np.float32))
@@ -100,8 +101,9 @@ class ItemKNN:
             contexts, targets = contexts_and_targets(histories, batch, part=0)
             for d, decay in enumerate(DECAYS):
                 raw = _recency(contexts, decay=decay, num_items=self.num_items) @ self._normalised
+                race = SparseRace(raw, targets, places=places, seen=contexts, allowed=allowed)
                 for a, discount in enumerate(discounts):
-                    ranks = sparse_ranks(raw, discount, targets, places=places, seen=contexts, allowed=allowed)
+                    ranks = race.ranks(discount)
                     gains[d, a] += np.where(ranks <= 10, 1 / np.log2(ranks + 1.0), 0.0).sum()
             if on_batch is not None:
                 on_batch(len(batch))
@@ -163,55 +165,3 @@ def _recency(histories: Ragged, *, decay: float, num_items: int) -> sp.csr_matri
     age = np.repeat(last.offsets[1:], last.lengths) - 1 - np.arange(len(last.values))
     data = (decay**age).astype(np.float32)
     return sp.csr_matrix((data, last.values.astype(np.int64), last.offsets), shape=(len(last), num_items))
-
-
-def sparse_ranks(
-    raw: sp.csr_matrix,
-    discount: Array,
-    targets: NDArray[np.int64],
-    *,
-    places: NDArray[np.int64],
-    seen: Ragged,
-    allowed: NDArray[np.bool_] | None,
-) -> NDArray[np.int64]:
-    """Rank of each target with seen items removed, without ever making the scores dense.
-
-    Args:
-        raw: Undiscounted scores of the neighbours, CSR [B, N], positive.
-        discount: Factor of each candidate, [N].
-        targets: Item row sought, [B].
-        places: Popularity order that breaks ties and ranks all items that are no neighbours, [N].
-        seen: Items that do not compete, B ragged rows.
-        allowed: Candidates, bool [N].
-
-    Returns:
-        int64 [B], the ranks `ranking.target_ranks` gives for the dense scores. Targets that were seen get N + 1.
-    """
-    batch, num_items = raw.shape
-    rows = np.repeat(np.arange(batch), np.diff(raw.indptr))
-    items, score = raw.indices.astype(np.int64), raw.data * discount[raw.indices]
-    key = rows * num_items + items
-    gone = np.unique(seen.row_ids * num_items + seen.values)
-    goal = np.arange(batch) * num_items + targets
-    own = np.zeros(batch, np.float32)
-    is_goal = items == targets[rows]
-    own[rows[is_goal]] = score[is_goal]
-    competes = ~np.isin(key, gone, kind="sort")
-    if allowed is not None:
-        competes &= allowed[items]
-    beats = (score > own[rows]) | ((score == own[rows]) & (places[items] < places[targets[rows]]))
-    ranks = 1 + np.bincount(rows[beats & competes], minlength=batch)
-    # A target that is no neighbour also loses to every more popular non-neighbour that is still in the race.
-    popular = np.sort(places if allowed is None else places[allowed])
-    ahead = np.searchsorted(popular, places[targets])
-    taken = np.union1d(key, gone)
-    taken_rows, taken_items = taken // num_items, taken % num_items
-    better = places[taken_items] < places[targets[taken_rows]]
-    if allowed is not None:
-        better &= allowed[taken_items]
-    fill = ahead - np.bincount(taken_rows[better], minlength=batch)
-    ranks = np.where(own > 0, ranks, ranks + fill)
-    lost = np.isin(goal, gone)
-    if allowed is not None:
-        lost |= ~allowed[targets]
-    return np.where(lost, num_items + 1, ranks)

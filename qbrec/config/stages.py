@@ -70,7 +70,7 @@ class QuantizerConfig(Section):
     refine_epochs: Count = 2  # joint EMA passes (rvq)
     refine_solves: Count = 1  # least-squares solves of all codebooks (rvq)
     beam: Positive = 1  # partial IDs kept while encoding; 1: greedy
-    held_out: Fraction = 0.05  # items kept from the fit, for the held-out error
+    held_out: float = Field(default=0.05, ge=0, lt=1)  # share of the items kept from the fit, for the held-out error
     collisions: Literal["none", "next_nearest"] = "next_nearest"
     capacity: Positive = 1  # items of different content per ID, for next_nearest
     quality: QualityConfig = QualityConfig()
@@ -104,6 +104,10 @@ class SequenceConfig(Section):
     position: Literal["learned", "rotary"] = "learned"
     label_smoothing: Fraction = 0.0
     masks: MaskConfig = MaskConfig()
+    finetune_masks: MaskConfig = MaskConfig(span=0.0, tail=1.0, multi_region=0.0, partial=0.0)
+    pretrain_prefix: Fraction = 0.5  # histories cut at a random item, so that every item is the last one at times
+    finetune_prefix: Fraction = 0.7
+    validation_users: Count = 10_000  # users scored by every evaluation while training; 0: all
     pretrain: TrainConfig = TrainConfig(epochs=20, batch_size=256, micro_batch=128)
     finetune: TrainConfig = TrainConfig(epochs=20, batch_size=256, micro_batch=128, patience=3)
 

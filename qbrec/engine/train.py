@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from torch import nn
 from qbrec.config.stages import TrainConfig
 from qbrec.engine.checkpoint import load_latest, load_weights, save_checkpoint
 from qbrec.engine.context import StageContext
-from qbrec.engine.ds_config import deepspeed_config
+from qbrec.engine.ds_engine import start_engine
 from qbrec.engine.state import read_moments, read_weights, write_state
 from qbrec.errors import QbrecError
 
@@ -264,30 +263,3 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     share = (step - warmup) / max(total - warmup, 1)
     floor = config.min_lr_fraction
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
-
-
-def start_engine(module: nn.Module, ctx: StageContext, config: TrainConfig) -> Any:
-    """`deepspeed.initialize` on a process group that already exists; matrices decay, vectors do not."""
-    os.environ.setdefault("DS_ACCELERATOR", ctx.device.type)
-    import logging
-
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    if ctx.device.type == "cpu":
-        # Otherwise DeepSpeed compiles a shared-memory operator, which needs g++ and ninja.
-        __compatible_ops__["deepspeed_shm_comm"] = False
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    engine, *_ = deepspeed.initialize(
-        model=module.to(ctx.device),
-        model_parameters=[group for group in groups if group["params"]],
-        config=deepspeed_config(ctx.compute, config),
-        dist_init_required=False,
-    )
-    return engine

@@ -26,16 +26,29 @@ def view_pairs(modalities: Sequence[ModalitySpec]) -> tuple[Pair, ...]:
     return (*fused, *((a, b) for n, a in enumerate(dense) for b in dense[n + 1 :]))
 
 
-def count_anchors(present: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """Number of anchors (items with both views, over all pairs) in a group, float scalar; present bool [B, M]."""
+def count_anchors(present: Tensor, *, pairs: Sequence[Pair], weights: Sequence[float]) -> Tensor:
+    """Weighted number of anchors (items with both views, over all pairs) in a group; float scalar.
+
+    Args:
+        present: bool [B, M].
+        pairs: Of `view_pairs`.
+        weights: Weight of each pair.
+    """
     total = torch.zeros((), dtype=torch.float32, device=present.device)
-    for pair in pairs:
-        total = total + _valid(present, pair).sum()
+    for pair, weight in zip(pairs, weights, strict=True):
+        total = total + weight * _valid(present, pair).sum()
     return total
 
 
 def multi_view_loss(
-    fused: Tensor, views: Tensor, *, present: Tensor, content: Tensor, pairs: Sequence[Pair], temperature: float
+    fused: Tensor,
+    views: Tensor,
+    *,
+    present: Tensor,
+    content: Tensor,
+    pairs: Sequence[Pair],
+    weights: Sequence[float],
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     """Sum over anchors of the symmetric InfoNCE of all pairs of views inside one group.
 
@@ -49,11 +62,12 @@ def multi_view_loss(
         content: int64 [B, M]; two items with the same number have the same content in that view and are not each
             other's negatives in any pair with that view.
         pairs: Of `view_pairs`.
+        weights: Weight of each pair.
         temperature: τ of the loss.
 
     Returns:
-        Sum over all pairs and anchors (float32 scalar; mean of both directions per anchor), and the same per pair
-        [P], detached. Divide by `count_anchors`.
+        Weighted sum over all pairs and anchors (float32 scalar; mean of both directions per anchor), and the
+        unweighted sums per pair [P], detached. Divide by `count_anchors`.
     """
     unit = [F.normalize(view.float(), dim=-1) for view in (*views, fused)]
     sums = []
@@ -73,7 +87,7 @@ def multi_view_loss(
         backward = torch.logsumexp(logits.masked_fill(~valid[:, None] & apart, float("-inf")), dim=0) - own
         sums.append(torch.where(valid, (forward + backward) / 2, torch.zeros_like(own)).sum())
     per_pair = torch.stack(sums)
-    return per_pair.sum(), per_pair.detach()
+    return per_pair @ torch.tensor(weights, device=per_pair.device), per_pair.detach()
 
 
 def _valid(present: Tensor, pair: Pair) -> Tensor:

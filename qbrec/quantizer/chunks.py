@@ -1,8 +1,9 @@
-"""The global row grid: how rows are cut so that no result depends on how many ranks or threads share the work.
+"""The global row grid: rows are cut so that no result depends on how many ranks or threads share the work.
 
-Every floating-point operation of this stage runs on a *grain* of `GRAIN` consecutive rows of the whole catalogue,
-in one thread, on buffers of one shape. What a grain yields is therefore a pure function of its rows. Grains are
-summed as int64 fixed point, and integer addition knows no order: any partition gives the same bits.
+Every floating-point operation of this stage runs on a *grain* of `GRAIN` consecutive rows of the whole
+catalogue, in one thread, on buffers of one shape. What a grain yields is therefore a pure function of its
+rows. Grains are summed as int64 fixed point, and integer addition knows no order: any partition gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ class Collective(Protocol):
     """What this stage needs of a process group; `engine.StageContext` is one."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This process among `world`."""
+        ...
 
     @property
-    def world(self) -> int: ...
+    def world(self) -> int:
+        """Number of processes."""
+        ...
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce in place over all ranks."""
@@ -82,7 +87,9 @@ class Shard:
     train: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert self.x.dtype == torch.float32 and self.x.dim() == 2 and self.x.is_contiguous()
+        assert self.x.dtype == torch.float32
+        assert self.x.dim() == 2
+        assert self.x.is_contiguous()
         assert len(self.x) == 0 or self.start % GRAIN == 0, "rank borders lie on the grain grid"
         assert self.start + len(self.x) == self.total or len(self.x) % GRAIN == 0
         assert self.train is None or (self.train.dtype == torch.bool and len(self.train) == len(self.x))
@@ -104,8 +111,9 @@ class Shard:
 def parallel(count: int, body: Callable[[range], R], *, device: torch.device) -> list[R]:
     """Run `body` over 0..count-1, dealt out to single-threaded workers; one result per worker.
 
-    On a CPU every grain is computed by one thread, `torch.get_num_threads()` grains at a time: faster than threads
-    inside each small operation, and results do not depend on the number of threads. On a GPU there is one worker.
+    On a CPU every grain is computed by one thread, `torch.get_num_threads()` grains at a time: faster than
+    threads inside each small operation, and results do not depend on the number of threads. On a GPU there is
+    one worker.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     workers = max(1, min(threads, count))
@@ -221,4 +229,5 @@ def stratified(total: int, count: int, *, seed: int) -> np.ndarray:
     rng = np.random.Generator(np.random.PCG64(seed))
     edges = np.arange(count + 1, dtype=np.int64) * total // max(count, 1)
     width = np.diff(edges)
-    return edges[:-1] + np.minimum((rng.random(count) * width).astype(np.int64), width - 1)
+    inside = np.minimum((rng.random(count) * width).astype(np.int64), width - 1)
+    return np.asarray(edges[:-1] + inside, dtype=np.int64)

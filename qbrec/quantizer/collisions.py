@@ -1,13 +1,14 @@
 """Items of different content on one ID: found by sorting packed IDs, moved to the nearest free last code.
 
-All of it is a table job: sorts and run lengths over int64, one vectorised round per item that has to move within a
-prefix. Items of equal content are one *unit* and share their ID; nothing forces them apart.
+All of it is a table job: sorts and run lengths over int64, one vectorised round per item that has to move
+within a prefix. Items of equal content are one *unit* and share their ID; nothing forces them apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ UNITS_AT_ONCE = 16_384  # units whose distances to all last codes are held at a 
 
 @dataclass(frozen=True)
 class Resolution:
-    """Result of `next_nearest`: codes [N, L], items that moved, items left above the capacity (prefix full)."""
+    """Codes [N, L], number of items that moved, number left above the capacity (no room in their prefix)."""
 
     codes: np.ndarray
     moved: int
@@ -41,9 +42,10 @@ def next_nearest(
 ) -> Resolution:
     """Let at most `capacity` different contents share an ID, by changing only the last code.
 
-    A unit is the set of items with the same raw ID and the same content. Within an ID the `capacity` units of the
-    most popular items stay (ties by row); the others, most popular first, each take the nearest last code of their
-    prefix that still has room. Where a prefix has no room left, they stay and are counted as unresolved.
+    A unit is the set of items with the same raw ID and the same content. Within an ID the `capacity` units of
+    the most popular items stay (ties by row); the others, most popular first, each take the nearest last code
+    of their prefix that still has room. Where a prefix has no room left, they stay and are counted as
+    unresolved.
 
     Args:
         codes: Raw codes [N, L].
@@ -70,7 +72,7 @@ def next_nearest(
 
 @dataclass(frozen=True)
 class _Units:
-    """Units sorted by (prefix, priority): prefix int64 [U], last code int64 [U], first row [U], items in it [U]."""
+    """Units sorted by (prefix, priority): prefix, last code, first row, number of items, int64 [U]."""
 
     prefix: np.ndarray
     last: np.ndarray
@@ -125,7 +127,7 @@ def _by_whole_prefixes(prefix: np.ndarray) -> list[slice]:
             if end == cuts[-1]:
                 end = int(np.searchsorted(prefix, prefix[stop], side="right"))
         cuts.append(end)
-    return [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
 
 
 def _settle(
@@ -140,8 +142,9 @@ def _settle(
     prefixes, slot = np.unique(units.prefix[pending], return_inverse=True)
     room = np.full((len(prefixes), len(last_level)), capacity, dtype=np.int64)
     # Units that stay take their room first.
-    lo, hi = np.searchsorted(units.prefix, prefixes[0]), np.searchsorted(units.prefix, prefixes[-1], side="right")
-    near = np.arange(lo, hi)
+    low = np.searchsorted(units.prefix, prefixes[0])
+    high = np.searchsorted(units.prefix, prefixes[-1], side="right")
+    near = np.arange(low, high)
     near = near[(place[near] < capacity) & np.isin(units.prefix[near], prefixes)]
     np.subtract.at(room, (np.searchsorted(prefixes, units.prefix[near]), units.last[near]), 1)
     turn = _place(slot)

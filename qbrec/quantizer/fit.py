@@ -22,15 +22,18 @@ from qbrec.storage.artifact import write_atomic
 
 LARGE_CATALOGUE = 10_000_000  # items from which `auto` takes larger levels: 256^4 cells become crowded
 ITEMS_PER_CODE = 8  # `auto` shrinks the levels of a tiny catalogue until every code can have some
+MAX_LEVELS = 26  # one letter each in the text form of an ID
 
 Report = Callable[[str, dict[str, float]], None]
 
 
-def resolve_levels(levels: Literal["auto"] | tuple[int, ...], *, num_items: int, num_train: int) -> tuple[int, ...]:
+def resolve_levels(
+    levels: Literal["auto"] | tuple[int, ...], *, num_items: int, num_train: int
+) -> tuple[int, ...]:
     """Codes per level.
 
-    `auto`: 4 x 256 below ten million items, 4 x 2048 from there on; below 2,048 items the largest power of two that
-    leaves 8 items per code.
+    `auto`: 4 x 256 below ten million items, 4 x 2048 from there on; below 2,048 items the largest power of
+    two that leaves 8 items per code.
 
     Args:
         levels: From the configuration.
@@ -45,6 +48,12 @@ def resolve_levels(levels: Literal["auto"] | tuple[int, ...], *, num_items: int,
             return (2048,) * 4
         return (min(256, 1 << max(1, (num_items // ITEMS_PER_CODE).bit_length() - 1)),) * 4
     code_bits(levels)
+    if len(levels) > MAX_LEVELS:
+        raise ConfigError(
+            f"{len(levels)} levels are more than the letters of `<a_12><b_7>`",
+            where="quantizer.levels",
+            fix=f"use at most {MAX_LEVELS} levels",
+        )
     if max(levels) > num_train:
         raise ConfigError(
             f"a level has {max(levels)} codes, but only {num_train} items are there to fit them",
@@ -57,8 +66,8 @@ def resolve_levels(levels: Literal["auto"] | tuple[int, ...], *, num_items: int,
 class FitMemory:
     """Finished steps of a fit on disk, so that a killed one goes on with the next step, bit for bit the same.
 
-    A step is `<step>.safetensors`, then `<step>.json` with its hash and the key of the artifact it belongs to; both
-    appear by rename. Rank 0 reads and writes, the others are told.
+    A step is `<step>.safetensors`, then `<step>.json` with its hash and the key of the artifact it belongs
+    to; both appear by rename. Rank 0 reads and writes, the others are told.
 
     Args:
         directory: Where the steps lie.
@@ -137,8 +146,9 @@ def fit_codebooks(
 ) -> Codebooks:
     """Fit all levels.
 
-    `rq_kmeans`: k-means level by level on residuals. `rvq` goes on: epochs of joint moving averages, then least
-    squares of all codebooks, each kept only if it lowers the held-out error. At last unused codes are moved.
+    `rq_kmeans`: k-means level by level on residuals. `rvq` goes on: epochs of joint moving averages, then
+    least squares of all codebooks, each kept only if it lowers the held-out error. At last unused codes are
+    moved.
 
     Args:
         shard: This rank's standardised rows; `shard.train` says which ones the fit sees.

@@ -62,7 +62,8 @@ class SemanticIds:
         out = []
         for row in rows:
             if not 0 <= row < len(self.ids):
-                raise DataError(f"there is no item row {row}", where=str(self._artifact.path), fix="look the item up first")
+                where = str(self._artifact.path)
+                raise DataError(f"there is no item row {row}", where=where, fix="look the item up first")
             codes = tuple(int(c) for c in self.ids[row])
             start, stop = self._span(codes)
             out.append(ShownId(int(row), codes, id_text(codes), describe(self.labels, codes), stop - start))
@@ -83,7 +84,9 @@ class SemanticIds:
         codes = parse_prefix(prefix) if isinstance(prefix, str) else tuple(int(c) for c in prefix)
         if len(codes) > len(self.sizes):
             raise ConfigError(
-                f"the prefix has {len(codes)} codes, an ID has {len(self.sizes)}", where=str(prefix), fix="shorten it"
+                f"the prefix has {len(codes)} codes, an ID has {len(self.sizes)}",
+                where=str(prefix),
+                fix="shorten it",
             )
         for level, (code, size) in enumerate(zip(codes, self.sizes, strict=False)):
             if not 0 <= code < size:
@@ -118,4 +121,5 @@ def parse_prefix(text: str) -> tuple[int, ...]:
             return tuple(int(n) for _, n in tokens)
     elif re.fullmatch(r"\d+([.,\s]+\d+)*", text):
         return tuple(int(n) for n in re.findall(r"\d+", text))
-    raise ConfigError(f"{text!r} is no prefix of a semantic ID", where="prefix", fix="write 12.7 or '<a_12><b_7>'")
+    fix = "write 12.7 or '<a_12><b_7>'"
+    raise ConfigError(f"{text!r} is no prefix of a semantic ID", where="prefix", fix=fix)

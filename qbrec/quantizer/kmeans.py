@@ -1,7 +1,8 @@
 """Distributed k-means whose centroids are the same, bit for bit, on any number of ranks of one device type.
 
-k-means++ seeding on a seeded global sample, Lloyd iterations on a sample, then passes over every row. Assignment is
-a GEMM and an arg-max per tile; sums are int64 fixed point per grain, all-reduced as int64 (`chunks`).
+k-means++ seeding on a seeded global sample, Lloyd iterations on a sample, then passes over every row.
+Assignment is a GEMM and an arg-max per tile; sums are int64 fixed point per grain, all-reduced as int64
+(`chunks`).
 """
 
 from __future__ import annotations
@@ -45,8 +46,14 @@ class KMeans:
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass over the rows yields: global sums int64 [K, D] (fixed point), counts int64 [K], mean squared
-    distance, and this rank's squared distances float32 [n] (0 for rows that a fit may not see)."""
+    """What one pass over the rows yields.
+
+    Attributes:
+        sums: Of all ranks' rows per code, int64 [K, D] fixed point.
+        counts: Of all ranks' rows per code, int64 [K].
+        inertia: Mean squared distance to the nearest centroid, over all ranks.
+        distances: Squared distances of this rank's rows, float32 [n]; 0 for rows that a fit may not see.
+    """
 
     sums: Tensor
     counts: Tensor
@@ -194,7 +201,9 @@ def lloyd(shard: Shard, centroids: Tensor, *, comm: Collective, iterations: int,
     return KMeans(centroids, inertia, done, reseeded)
 
 
-def farthest_rows(rows: Tensor, vectors: Tensor, distances: Tensor, *, count: int, comm: Collective) -> Tensor:
+def farthest_rows(
+    rows: Tensor, vectors: Tensor, distances: Tensor, *, count: int, comm: Collective
+) -> Tensor:
     """Vectors of the rows with the largest distances, all different; ties by row.
 
     Args:
@@ -268,7 +277,8 @@ def fit_kmeans(
     if full_passes == 0:
         return first
     last = lloyd(shard, first.centroids, comm=comm, iterations=full_passes, bound=bound)
-    return KMeans(last.centroids, last.inertia, first.iterations + last.iterations, first.reseeded + last.reseeded)
+    iterations, reseeded = first.iterations + last.iterations, first.reseeded + last.reseeded
+    return KMeans(last.centroids, last.inertia, iterations, reseeded)
 
 
 def train_rows(shard: Shard, comm: Collective) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Words that say what a code means: class-based TF-IDF over titles and category names (after Grootendorst 2022).
+"""Words that say what a code means: class-based TF-IDF (after Grootendorst 2022) of titles and categories.
 
-A prefix is a class, its siblings are the corpus: the label of a prefix is made of the words that set its items apart
-from the other items of the prefix above it, so that an ID reads `[Art] [Paint] [Set] [Acrylic]`.
+A prefix is a class, its siblings are the corpus: the label of a prefix is made of the words that set its
+items apart from the other items of the prefix above it, so that an ID reads `[Art] [Paint] [Set] [Acrylic]`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ MAX_PREFIXES = 262_144  # a level with more prefixes is left without labels: nob
 MIN_ITEMS = 2  # a word must be on so many items of the catalogue: a brand-new word says nothing about a code
 
 _TOKEN = re.compile(r"[^\W\d_][\w'’-]+")
-_STOP = frozenset(
-    "the and for with from your our you are all new one two per not any can has its into this that these those only"
-    " also more most very each set of in on to by at or an it is be as if so no up out off over under plus inch inches"
-    " pack count size color colour item items product products brand com www http https amp quot lb oz ml mm cm".split()
-)
+_STOP_WORDS = """
+the and for with from your our you are all new one two per not any can has its into this that these those only
+also more most very each set off out over under plus inch inches pack count size color colour item items
+product products brand com www http https amp quot
+"""
+_STOP = frozenset(_STOP_WORDS.split())
 
 
 def words_of(title: str, categories: Sequence[str]) -> list[str]:
@@ -51,8 +52,8 @@ def make_labels(
     vocabulary: dict[str, int] = {}
     item, term = [], []
     for row, (title, names) in enumerate(zip(titles, categories, strict=True)):
-        for word in words_of(title, names):
-            term.append(vocabulary.setdefault(word, len(vocabulary)))
+        for found in words_of(title, names):
+            term.append(vocabulary.setdefault(found, len(vocabulary)))
             item.append(row)
     if not term:
         return {}
@@ -67,7 +68,9 @@ def make_labels(
         if len(keys) > MAX_PREFIXES:
             break
         group, word = _best_words(prefix, parent, items, terms, len(vocabulary))
-        starts = np.flatnonzero(np.append(True, group[1:] != group[:-1])) if len(group) else np.empty(0, np.int64)
+        starts = (
+            np.flatnonzero(np.append(True, group[1:] != group[:-1])) if len(group) else np.empty(0, np.int64)
+        )
         for begin, end in zip(starts, np.append(starts[1:], len(group)), strict=True):
             name = ".".join(str(int(c)) for c in codes[first[group[begin]], :depth])
             out[name] = [str(w) for w in names_of[word[begin:end]]]
@@ -80,8 +83,9 @@ def _best_words(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(prefix, term) of at most `WORDS` words per prefix, sorted by prefix, best first.
 
-    The score of word t in prefix p is f(t, p) log(f(t, p) / f(t, parent)), where f is the share of items that have
-    the word: frequent in the prefix and rarer above it. Words rarer in the prefix than above it are left out.
+    The score of word t in prefix p is f(t, p) log(f(t, p) / f(t, parent)), where f is the share of items that
+    have the word: frequent in the prefix and rarer above it. Words rarer in the prefix than above it are left
+    out.
     """
     pairs, count = np.unique(prefix[items].astype(np.int64) * num_terms + terms, return_counts=True)
     group, word = pairs // num_terms, pairs % num_terms
@@ -92,7 +96,8 @@ def _best_words(
     share = count / size[group]
     up = parent_of[group]
     wider = above_count[np.searchsorted(above, up * num_terms + word)] / parent_size[up]
-    # The number of items carrying a word is a hair of the score: among equals the better-known word comes first.
+    # The number of items carrying a word is a hair of the score: among equals the better-known word comes
+    # first.
     known = np.bincount(terms, minlength=num_terms)[word] / len(prefix)
     score = share * np.log(share / wider) + 1e-6 * known
     order = np.lexsort((word, -score, group))

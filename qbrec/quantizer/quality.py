@@ -1,4 +1,4 @@
-"""What the semantic IDs are worth, before anything downstream is trained on them, and the gate that says no."""
+"""What the semantic IDs are worth, before anything is trained on them, and the gate that says no."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAIR_ROWS = 200_000  # items on which cohesion is measured
 
 
 def level_usage(codes: np.ndarray, sizes: Sequence[int]) -> list[dict[str, float]]:
-    """Per level: codes, used, dead, perplexity = exp(entropy of the code frequencies), share of the largest code.
+    """Per level: codes, used, dead, perplexity (exp of the entropy), share of the largest code.
 
     Args:
         codes: Semantic IDs [N, L], N >= 1.
@@ -46,9 +46,9 @@ def bucket_figures(codes: np.ndarray, sizes: Sequence[int], *, group: np.ndarray
         group: Content group per item int64 [N].
 
     Returns:
-        `unique_ids`; `no_collision_rate` (items alone on their ID); `collision_rate` (items that share it with an
-        item of *other* content); `duplicate_rate` (items of a content group of more than one); `largest_bucket`;
-        `gini` of the bucket sizes.
+        `unique_ids`; `no_collision_rate` (items alone on their ID); `collision_rate` (items that share it
+        with an item of *other* content); `duplicate_rate` (items of a content group of more than one);
+        `largest_bucket`; `gini` of the bucket sizes.
     """
     _, bucket, size = np.unique(pack(codes, sizes), return_inverse=True, return_counts=True)
     _, dense = np.unique(group, return_inverse=True)
@@ -68,7 +68,9 @@ def bucket_figures(codes: np.ndarray, sizes: Sequence[int], *, group: np.ndarray
     }
 
 
-def cohesion(vectors: np.ndarray, codes: np.ndarray, sizes: Sequence[int], *, seed: int) -> list[dict[str, float]]:
+def cohesion(
+    vectors: np.ndarray, codes: np.ndarray, sizes: Sequence[int], *, seed: int
+) -> list[dict[str, float]]:
     """Mean cosine of two different items that share a prefix, for prefixes of one and two codes.
 
     Args:
@@ -93,7 +95,8 @@ def cohesion(vectors: np.ndarray, codes: np.ndarray, sizes: Sequence[int], *, se
 
 
 def _mean_cosine(unit: np.ndarray, prefix: np.ndarray) -> tuple[float, int]:
-    # The sum of all cosines within a set is |sum of its unit vectors|^2; the items' cosines with themselves go off.
+    # The sum of all cosines within a set is |sum of its unit vectors|^2; the items' cosines with themselves
+    # go off.
     order = np.argsort(prefix, kind="stable")
     fresh = np.ones(len(order), dtype=bool)
     fresh[1:] = prefix[order][1:] != prefix[order][:-1]
@@ -120,14 +123,14 @@ def check_gate(quality: dict[str, Any], gate: QualityConfig) -> None:
     floor = gate.min_perplexity_fraction * first["codes"]
     if first["perplexity"] < floor:
         raise GateError(
-            f"the codebook has collapsed: perplexity {first['perplexity']:.1f} at level 0 is below {floor:.1f}",
-            where=f"quantizer.quality.min_perplexity_fraction = {gate.min_perplexity_fraction} of {first['codes']} codes",
-            fix="look at the fused vectors (are many items equal?), use smaller levels, or lower the threshold",
+            f"the codebook has collapsed: perplexity {first['perplexity']:.1f} at level 0, not {floor:.1f}",
+            where=f"quantizer.quality.min_perplexity_fraction = {gate.min_perplexity_fraction:g}",
+            fix="look at the fused vectors (are many equal?), use smaller levels, or lower the threshold",
         )
     rate = quality["collision_rate"]
     if rate > gate.max_collision_rate:
         raise GateError(
-            f"{rate:.1%} of the items share their ID with an item of other content, more than {gate.max_collision_rate:.1%}",
-            where="quantizer.quality.max_collision_rate",
-            fix="use more or larger levels, quantizer.collisions=next_nearest with capacity 1, or raise the threshold",
+            f"collision rate {rate:.1%}: so many items share their ID with an item of other content",
+            where=f"quantizer.quality.max_collision_rate = {gate.max_collision_rate:g}",
+            fix="more or larger quantizer.levels, quantizer.collisions=next_nearest, or a higher threshold",
         )

@@ -1,6 +1,8 @@
-"""From residual k-means to RVQ: all codebooks together, by exponential moving averages and by least squares."""
+"""From residual k-means to RVQ: all codebooks together, by moving averages and by least squares."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,22 +22,23 @@ REVIVALS = 4  # rounds per level: moving a code can empty another
 def batches(num_grains: int, *, seed: int) -> list[np.ndarray]:
     """One epoch's batches of global grains: each takes one grain from every stratum of the row range.
 
-    So a batch holds about as many grains of every rank, while the batches do not depend on the number of ranks.
+    So a batch holds about as many grains of every rank, while the batches do not depend on the number of
+    ranks.
     """
     strata = min(max(4, num_grains // 64), max(1, num_grains // 8))
     rng = np.random.Generator(np.random.PCG64(seed))
     edges = np.arange(strata + 1) * num_grains // strata
-    drawn = [rng.permutation(np.arange(a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    drawn = [rng.permutation(np.arange(a, b)) for a, b in pairwise(edges)]
     longest = max(len(d) for d in drawn)
     return [np.array([d[i] for d in drawn if i < len(d)], dtype=np.int64) for i in range(longest)]
 
 
 class MovingAverages:
-    """Joint moving averages of all codebooks (van den Oord et al. 2017, appendix A.1), with dead-code restart.
+    """Joint moving averages of all codebooks (van den Oord et al. 2017, A.1), with dead-code restart.
 
-    Every batch is encoded greedily with the codebooks as they stand; counts and sums per code, all-reduced exactly,
-    move all levels at once. A code whose average count falls below `DEAD` of the mean restarts on the hardest
-    residual of the batch.
+    Every batch is encoded greedily with the codebooks as they stand; counts and sums per code, all-reduced
+    exactly, move all levels at once. A code whose average count falls below `DEAD` of the mean restarts on
+    the hardest residual of the batch.
 
     Args:
         shard: This rank's standardised rows.
@@ -101,7 +104,7 @@ class MovingAverages:
 
         acc = sum_of(parallel(len(local), body, device=device))
         self.comm.all_reduce(acc)
-        parts = [acc[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        parts = [acc[a:b] for a, b in pairwise(edges)]
         return [fixed.decode(p[:, :width]) for p in parts], [p[:, width].clone() for p in parts]
 
     def _train_rows(self, grain: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +133,9 @@ class MovingAverages:
                 out.append((i, at, residual, (left * left).sum(1)))
             return out
 
-        found = sorted((g for part in parallel(len(local), body, device=device) for g in part), key=lambda g: g[0])
+        found = sorted(
+            (g for part in parallel(len(local), body, device=device) for g in part), key=lambda g: g[0]
+        )
         rows = torch.cat([torch.empty(0, dtype=torch.int64, device=device), *(g[1] for g in found)])
         vectors = torch.cat([torch.empty(0, width, device=device), *(g[2] for g in found)])
         gaps = torch.cat([torch.empty(0, device=device), *(g[3] for g in found)])
@@ -146,11 +151,11 @@ def _assign_grain(nearest: Assigner, x: Tensor) -> Tensor:
 
 
 def least_squares(shard: Shard, books: Codebooks, *, comm: Collective, beam: int = 1) -> Codebooks:
-    """All codebooks at once, given the codes: the additive-quantizer update (Babenko & Lempitsky 2014, section 3).
+    """All codebooks at once, given the codes: the additive-quantizer update (Babenko & Lempitsky 2014).
 
-    Minimises sum_i |x_i - sum_l C_l[c_il]|^2 + RIDGE |C - C_old|^2 by conjugate gradients, without forming the
-    normal matrix: one iteration is one decode and one sum per code, so it takes any codebook size, and the sums are
-    exact over ranks.
+    Minimises sum_i |x_i - sum_l C_l[c_il]|^2 + RIDGE |C - C_old|^2 by conjugate gradients, without forming
+    the normal matrix: one iteration is one decode and one sum per code, so it takes any codebook size, and
+    the sums are exact over ranks.
 
     Args:
         shard: This rank's standardised rows.
@@ -188,7 +193,7 @@ def least_squares(shard: Shard, books: Codebooks, *, comm: Collective, beam: int
 
     def split(flat: np.ndarray) -> Codebooks:
         tensor = torch.from_numpy(flat).to(shard.x.device, torch.float32)
-        return Codebooks(tuple(tensor[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)))
+        return Codebooks(tuple(tensor[a:b] for a, b in pairwise(edges)))
 
     def normal(v: np.ndarray) -> np.ndarray:
         top = len(books.levels) * float(np.abs(v).max())

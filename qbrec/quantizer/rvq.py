@@ -1,4 +1,4 @@
-"""Residual vector quantizer: codebooks fitted level by level on residuals, encoding (greedy or beam), decoding."""
+"""Residual vector quantizer: codebooks fitted level by level, encoding (greedy or beam), decoding."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Encoder:
 
     Args:
         books: Codebooks.
-        beam: 1: greedy, nearest code level by level. More: so many partial codes are kept per level, and the whole
-            code with the smallest error wins.
+        beam: 1: greedy, nearest code level by level. More: so many partial codes are kept per level, and the
+            whole code with the smallest error wins.
     """
 
     def __init__(self, books: Codebooks, *, beam: int = 1) -> None:
@@ -62,7 +62,8 @@ class Encoder:
         return torch.stack(out, 1)
 
     def _beam(self, x: Tensor) -> Tensor:
-        # |x - sum_l c_l|^2 = |x|^2 - 2 s with s = sum_l (x.c_l - |c_l|^2 / 2) - sum_{i<j} c_i.c_j: maximise s.
+        # |x - sum_l c_l|^2 = |x|^2 - 2 s with s = sum_l (x.c_l - |c_l|^2 / 2) - sum_{i<j} c_i.c_j: maximise
+        # s.
         best = torch.zeros(len(x), 1, dtype=torch.float32, device=x.device)
         codes = torch.empty(len(x), 1, 0, dtype=torch.int64, device=x.device)
         for j, nearest in enumerate(self.assigners):
@@ -137,7 +138,8 @@ def fit_levels(
         iterations: See `fit_kmeans`.
         full_passes: See `fit_kmeans`.
         max_sample: See `fit_kmeans`.
-        finished: Codebooks of the first levels from an interrupted fit; the rest comes out bit for bit the same.
+        finished: Codebooks of the first levels from an interrupted fit; the rest comes out bit for bit the
+            same.
         on_level: Called on every rank with (level, result) after each fitted level.
     """
     residual = shard.x.clone()
@@ -177,7 +179,8 @@ def prefix_errors(
         held_out: Only the rows a fit did not see; all rows where none were held out.
 
     Returns:
-        float64 [L + 1] sums (the first is the sum of squares) and the number of rows; same bits on any partition.
+        float64 [L + 1] sums (the first is the sum of squares) and the number of rows; same bits on any
+        partition.
     """
     depth = len(books.levels)
     fixed = FixedPoint.of(shard.total, _square_bound(shard, books, comm))
@@ -206,4 +209,3 @@ def prefix_errors(
 
 def _square_bound(shard: Shard, books: Codebooks, comm: Collective) -> float:
     return float((max_abs(shard, comm) + books.magnitude) ** 2 * shard.x.shape[1])
-

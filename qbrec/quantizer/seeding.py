@@ -1,4 +1,4 @@
-"""k-means++ seeding (Arthur & Vassilvitskii 2007), greedy, with at most `ROUNDS` rounds for any number of codes."""
+"""k-means++ seeding (Arthur & Vassilvitskii 2007), greedy, in at most `ROUNDS` rounds for any K."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ROUNDS = 256
 def plus_plus(points: Tensor, num_codes: int, *, seed: int) -> Tensor:
     """Choose starting centroids far apart: each drawn with probability proportional to its squared distance.
 
-    Up to `ROUNDS` codes are drawn one by one, each the best of 2 + ln K draws (greedy); more codes are drawn in
-    equal batches per round, as in k-means|| (Bahmani et al. 2012) but without oversampling.
+    Up to `ROUNDS` codes are drawn one by one, each the best of 2 + ln K draws (greedy); more codes are drawn
+    in equal batches per round, as in k-means|| (Bahmani et al. 2012) but without oversampling.
 
     Args:
         points: float32 [n, D], n >= 1.
@@ -50,7 +50,9 @@ def _draw(points: Tensor, num_codes: int, *, seed: int) -> Tensor:
         want = min(per_round, num_codes - len(chosen))
         mass = np.cumsum(gaps.cpu().numpy(), dtype=np.float64)
         if mass[-1] <= 0:  # every different point is taken
-            return torch.from_numpy(np.append(chosen, rng.integers(len(points), size=num_codes - len(chosen))))
+            return torch.from_numpy(
+                np.append(chosen, rng.integers(len(points), size=num_codes - len(chosen)))
+            )
         draws = np.searchsorted(mass, rng.random(want * trials) * mass[-1], side="right")
         candidates = np.unique(draws.clip(max=len(points) - 1))
         nearer = torch.minimum(gaps_to(candidates), gaps[:, None])

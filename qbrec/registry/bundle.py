@@ -1,8 +1,8 @@
 """The bundle: what of a run's artifacts is needed to serve, as plain files in one folder.
 
-Every part is a subset of one artifact's files beside that artifact's own manifest, so that a bundle is read, and its
-files verified, by exactly the code that reads the artifacts. A part beyond `registry.max_part_bytes` stays where it is
-and is referred to by path and fingerprint.
+Every part is a subset of one artifact's files beside that artifact's own manifest, so that a bundle is read,
+and its files verified, by exactly the code that reads the artifacts. A part beyond `registry.max_part_bytes`
+stays where it is and is referred to by path and fingerprint.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError("this folder is no bundle", where=str(path), fix="register the run again") from None
     except ValueError:
-        raise DataError("the bundle's description is damaged", where=str(path), fix="register the run again") from None
+        raise DataError(
+            "the bundle's description is damaged", where=str(path), fix="register the run again"
+        ) from None
     if document.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"bundle format {document.get('format_version')} is not the format {FORMAT_VERSION} read here",
@@ -96,7 +98,9 @@ def open_part(folder: Path, kind: str) -> Artifact:
     artifact = ArtifactStore(path.parent).open(path)
     if artifact.fingerprint != entry["fingerprint"]:
         raise DataError(
-            f"the {kind} artifact is not the one that was registered", where=str(path), fix="register the run again"
+            f"the {kind} artifact is not the one that was registered",
+            where=str(path),
+            fix="register the run again",
         )
     return artifact
 
@@ -105,6 +109,8 @@ def require(artifacts: Mapping[str, Artifact], kind: str) -> Artifact:
     """An artifact of the run; raises DataError that says which stage is missing."""
     if kind not in artifacts:
         raise DataError(
-            f"the run has no {kind} artifact", where=", ".join(sorted(artifacts)), fix="finish it with `qbrec run`"
+            f"the run has no {kind} artifact",
+            where=", ".join(sorted(artifacts)),
+            fix="finish it with `qbrec run`",
         )
     return artifacts[kind]

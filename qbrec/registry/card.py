@@ -18,37 +18,39 @@ def model_card(config: RootConfig, artifacts: Mapping[str, Artifact]) -> str:
     lines = [
         f"# {config.registry.model_name}: run {config.run.name}",
         "",
-        "Ranks the whole catalogue of one domain for a history of item ids. A masked encoder over semantic IDs "
-        "(Q-BERT4Rec, arXiv 2512.02474) gives the probability of every code; an item's score is the sum of the "
-        "log-probabilities of its codes.",
+        "Ranks the whole catalogue of one domain for a history of item ids. A masked encoder over semantic "
+        "IDs (Q-BERT4Rec, arXiv 2512.02474) gives the probability of every code; an item's score is the sum "
+        "of the log-probabilities of its codes.",
         "",
         "## Data",
         "",
         f"- target domain `{meta['target_domain']}` of {', '.join(f'`{d}`' for d in meta['domains'])}",
-        f"- {meta['num_items']:,} items, {meta['num_users']:,} users, {meta['num_interactions']:,} interactions",
+        f"- {meta['num_items']:,} items, {meta['num_users']:,} users",
+        f"- {meta['num_interactions']:,} interactions",
         f"- modalities: {', '.join(meta['modalities'])}",
         f"- split: {config.catalog.split}",
         "",
         "## Model",
         "",
-        f"- semantic IDs: {levels} codes ({config.quantizer.method}, collisions: {config.quantizer.collisions})",
+        f"- semantic IDs: {levels} codes ({config.quantizer.method}, {config.quantizer.collisions})",
         f"- encoder: {config.sequence.layers} layers of width {config.sequence.width}, "
         f"the last {config.sequence.max_items} items of a history",
         f"- scorer: {config.ranking.scorer}, exact over the full catalogue; ties by popularity in training",
         "",
         "## Quality",
         "",
-        "Full-catalogue ranking of each test user's held-out item, items seen before removed; 95 % intervals.",
+        "Full-catalogue ranking of each test user's held-out item, seen items removed; 95 % intervals.",
         "",
         *_table(artifacts["evaluation"].load_json("metrics.json")),
         "",
         "## Use and limits",
         "",
-        "- Input: column `history`, a list of item ids of the target domain, most recent last; parameters `k` and "
-        "`keep_seen`.",
-        "- An unknown item id is an error. Items added after training are not ranked until the run is repeated.",
-        "- Past behaviour is reproduced, its biases included: popular items are favoured by the data they come from. "
-        "Watch the cold and tail slices of the report.",
+        "- Input: column `history`, a list of item ids of the target domain, most recent last; parameters "
+        "`k` and `keep_seen`.",
+        "- An unknown item id is an error. Items added after training are not ranked until the run is "
+        "repeated.",
+        "- Past behaviour is reproduced, its biases included: popular items are favoured by the data they "
+        "come from. Watch the cold and tail slices of the report.",
         "",
         "## Provenance",
         "",

@@ -99,11 +99,17 @@ def check_champion(challenger: Artifact, champion: Artifact, *, gate: GateConfig
             gate.other_catalog == "floors",
             "the champion was evaluated on another catalogue, so users cannot be paired"
             + ("; floors decide (other_catalog: floors)" if gate.other_catalog == "floors" else "")
-            + ("" if gate.other_catalog == "floors" else " (gate.other_catalog: floors lets the floors decide)"),
+            + (
+                ""
+                if gate.other_catalog == "floors"
+                else " (gate.other_catalog: floors lets the floors decide)"
+            ),
         )
     ours, theirs = _gains(challenger), _gains(champion)
     if ours[0].shape != theirs[0].shape or not np.array_equal(ours[0], theirs[0]):
-        return Check(name, False, "the two evaluations did not rank the same users; evaluate both with equal settings")
+        return Check(
+            name, False, "the two evaluations did not rank the same users; evaluate both with equal settings"
+        )
     mean, low, high = paired_interval(ours[1] - theirs[1], seed=seed)
     passed = low >= -gate.max_ndcg_loss
     reason = f"difference {mean:+.4f} ({low:+.4f} … {high:+.4f}) on {len(ours[1]):,} users, "
@@ -113,8 +119,8 @@ def check_champion(challenger: Artifact, champion: Artifact, *, gate: GateConfig
 def paired_interval(differences: NDArray[np.float64], *, seed: int) -> tuple[float, float, float]:
     """Mean and 95 % percentile interval of a paired bootstrap over users.
 
-    A difference of two NDCG@10 takes at most 121 values, so whole resamples are drawn as multinomial counts of the
-    values: the very distribution of drawing users with replacement, at a cost that does not grow with them.
+    A difference of two NDCG@10 takes at most 121 values, so whole resamples are drawn as multinomial counts
+    of the values: the very distribution of drawing users with replacement, at a cost free of their number.
 
     Args:
         differences: Per user, float64 [users].
@@ -137,7 +143,9 @@ def _gains(evaluation: Artifact) -> tuple[NDArray[np.int64], NDArray[np.float64]
     table = pq.read_table(path)
     missing = [name for name in (*USER_KEY, column) if name not in table.column_names]
     if missing:
-        raise DataError(f"the ranks lack the columns {missing}", where=str(path), fix="evaluate the run again")
+        raise DataError(
+            f"the ranks lack the columns {missing}", where=str(path), fix="evaluate the run again"
+        )
     keys = np.stack([_codes(table[name]) for name in USER_KEY], axis=1)
     ranks = table[column].to_numpy()
     order = np.lexsort(keys.T[::-1])

@@ -9,7 +9,9 @@ MODEL = "qbrec"
 SEEN = "removed"  # items of the history are not recommended again: the setting that serves
 
 
-def metric_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[dict[str, float] | None]]]]:
+def metric_rows(
+    metrics: Mapping[str, Any],
+) -> tuple[list[str], list[tuple[str, list[dict[str, float] | None]]]]:
     """Metric names, and per model the cells {"mean", "low", "high"}, qbrec first.
 
     Args:

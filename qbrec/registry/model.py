@@ -101,7 +101,9 @@ def log_bundle(bundle: Path, *, recommender: Recommender, model_name: str) -> st
     )
     served = mlflow.pyfunc.load_model(info.model_uri).predict(example, params={"k": k})
     expected = recommender.recommend(list(example["history"]), k=k)
-    if [list(ids) for ids in served["item_id"]] != [[item["item_id"] for item in items] for items in expected]:
+    if [list(ids) for ids in served["item_id"]] != [
+        [item["item_id"] for item in items] for items in expected
+    ]:
         raise RegistryError(
             "the logged model does not return the recommender's list",
             where=info.model_uri,

@@ -63,7 +63,7 @@ def promote(config: RootConfig, *, version: str | None = None, gate: GateConfig 
                 where=f"@champion is {'version ' + serving if serving else 'not set'}",
                 fix="train a better version, or change registry.gate if its demands are not what you mean",
             )
-        # previous first: if this process dies between the two, @champion still serves and a repeat completes it.
+        # previous first: if this process dies between the two, @champion still serves, a repeat completes it.
         if serving is not None:
             client.set_registered_model_alias(name, PREVIOUS, serving)
         client.set_model_version_tag(name, version, REPLACED, serving or "")
@@ -119,7 +119,9 @@ def _wanted(client: MlflowClient, name: str, version: str | None) -> str:
         found = by_alias(client, name, CHALLENGER)
         if found is None:
             raise RegistryError(
-                f"{name!r} has no @challenger", where=name, fix="register a finished run with `qbrec register`"
+                f"{name!r} has no @challenger",
+                where=name,
+                fix="register a finished run with `qbrec register`",
             )
         return str(found.version)
     if not _exists(client, name, version):

@@ -97,9 +97,7 @@ class Recommender:
         catalog = CatalogView(require(artifacts, "catalog"))
         quantizer = require(artifacts, "quantizer")
         semantic_ids = quantizer.load_npy("semantic_ids.npy")
-        encoder = SequenceRecommender.load(
-            require(artifacts, "finetune"), semantic_ids=semantic_ids, levels=tuple(quantizer.meta["levels"])
-        )
+        encoder = SequenceRecommender.load(require(artifacts, "finetune"), semantic_ids=semantic_ids)
         return cls(
             catalog=catalog,
             semantic_ids=semantic_ids,
@@ -191,7 +189,9 @@ class Recommender:
         wrong = next((item for item in history if not isinstance(item, str)), None)
         if wrong is not None:
             raise DataError(
-                f"an item id is {wrong!r}, not a text", where=f"history {position}", fix="write item ids as texts"
+                f"an item id is {wrong!r}, not a text",
+                where=f"history {position}",
+                fix="write item ids as texts",
             )
         rows = np.asarray(self._catalog.lookup(list(history), self.domain))
         if (rows < 0).any():
@@ -200,12 +200,14 @@ class Recommender:
             raise DataError(
                 f"unknown item id {unknown!r} in domain {self.domain!r}",
                 where=f"history {position}",
-                fix=f"did you mean {', '.join(near)}?" if near else "use item ids of the catalogue that was trained on",
+                fix=f"did you mean {', '.join(near)}?"
+                if near
+                else "use item ids of the catalogue that was trained on",
             )
         return rows
 
     def _nearest(self, unknown: str) -> list[str]:
-        """Up to three known ids that look like it; in large catalogues only among ids of the same beginning."""
+        """Up to three known ids that look like it; in large catalogues among those of the same beginning."""
         rows = np.flatnonzero(self._allowed)
         known = self._catalog.item_ids(rows) if len(rows) <= 50 * _SUGGEST_FROM else []
         for length in (0, 2, 4, 6):

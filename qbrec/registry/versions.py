@@ -161,7 +161,10 @@ def evaluation_of(config: RootConfig, version: str, *, folder: Path) -> Artifact
         entry: dict[str, Any] = json.loads((target / BUNDLE_FILE).read_text())["parts"]["evaluation"]
         if entry["embedded"]:
             mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{base}/{entry['path']}", dst_path=str(target), tracking_uri=uri, registry_uri=uri
+                artifact_uri=f"{base}/{entry['path']}",
+                dst_path=str(target),
+                tracking_uri=uri,
+                registry_uri=uri,
             )
     except (OSError, KeyError, ValueError) as error:
         raise RegistryError(

@@ -49,7 +49,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Block:
-    """Charts (SVG from `svg`), a table, cards or folded text under a heading; `numeric`, `code` are columns."""
+    """Charts (SVG), a table, cards or folded text under a heading; `numeric`, `code` name columns."""
 
     title: str = ""
     text: str = ""

@@ -23,7 +23,9 @@ def record_timing(run_dir: Path, stage: str, *, seconds: float, reused: bool = F
 def read_timings(run_dir: Path) -> dict[str, dict[str, float]]:
     """Seconds per stage as `record_timing` noted them; empty if nothing was."""
     try:
-        timings: dict[str, dict[str, float]] = json.loads((run_dir / TIMINGS_FILE).read_text(encoding="utf-8"))
+        timings: dict[str, dict[str, float]] = json.loads(
+            (run_dir / TIMINGS_FILE).read_text(encoding="utf-8")
+        )
     except (FileNotFoundError, ValueError):
         return {}
     return timings
@@ -32,7 +34,7 @@ def read_timings(run_dir: Path) -> dict[str, dict[str, float]]:
 def read_curves(run_dir: Path) -> Curves:
     """`{stage: {metric: [(step, value)]}}` in the order of steps.
 
-    A resumed or repeated stage writes a step again: the last word counts. A half-written last line is left out.
+    A resumed or repeated stage writes a step again: the last word counts. A half-written line is left out.
     """
     path = run_dir / "metrics.jsonl"
     found: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))

@@ -59,13 +59,28 @@ def data(artifacts: Mapping[str, Artifact], config: RootConfig) -> Section | Non
         ("test users", meta.get("eval_users", "–")),
     ]
     rows = [Row(cells(pair)) for pair in counts]
-    rows += [Row((Cell(f"rejected: {why}"), Cell(f"{n:,}"))) for why, n in sorted(meta.get("rejected", {}).items()) if n]
+    rows += [
+        Row((Cell(f"rejected: {why}"), Cell(f"{n:,}")))
+        for why, n in sorted(meta.get("rejected", {}).items())
+        if n
+    ]
     modalities = [
-        Row(cells((name, entry["dim"], entry["max_tokens"], entry["present"], f"{entry['present'] / max(1, meta['num_items']):.1%}")))
+        Row(
+            cells(
+                (
+                    name,
+                    entry["dim"],
+                    entry["max_tokens"],
+                    entry["present"],
+                    f"{entry['present'] / max(1, meta['num_items']):.1%}",
+                )
+            )
+        )
         for name, entry in meta["modalities"].items()
     ]
     sources = [Row(cells((name, d.items, d.interactions))) for name, d in config.data.domains.items()]
-    target = f"Fine-tuned and evaluated on {meta['target_domain']!r}; split: {config.catalog.split.replace('_', ' ')}."
+    split = config.catalog.split.replace("_", " ")
+    target = f"Fine-tuned and evaluated on {meta['target_domain']!r}; split: {split}."
     return Section(
         "data",
         "The data",
@@ -78,7 +93,12 @@ def data(artifacts: Mapping[str, Artifact], config: RootConfig) -> Section | Non
                 rows=modalities,
                 numeric=frozenset({1, 2, 3, 4}),
             ),
-            Block(title="Sources", head=("domain", "items", "interactions"), rows=sources, code=frozenset({1, 2})),
+            Block(
+                title="Sources",
+                head=("domain", "items", "interactions"),
+                rows=sources,
+                code=frozenset({1, 2}),
+            ),
         ),
     )
 
@@ -116,7 +136,11 @@ def codebooks(artifacts: Mapping[str, Artifact]) -> Section | None:
     levels = quality["levels"]
     names = [f"level {chr(97 + i)}" for i in range(len(levels))]
     rows = [
-        Row(cells((n, e["codes"], e["used"], e["dead"], f"{e['perplexity']:.1f}", f"{e['largest_share']:.2%}")))
+        Row(
+            cells(
+                (n, e["codes"], e["used"], e["dead"], f"{e['perplexity']:.1f}", f"{e['largest_share']:.2%}")
+            )
+        )
         for n, e in zip(names, levels, strict=True)
     ]
     usage = [
@@ -126,17 +150,26 @@ def codebooks(artifacts: Mapping[str, Artifact]) -> Section | None:
     charts = [
         line_chart(usage, title="Items per code, most used first", x_label="code, by rank"),
         bar_chart(
-            names, [e["perplexity"] / e["codes"] for e in levels], title="Perplexity as a share of the codes", x_label="level"
+            names,
+            [e["perplexity"] / e["codes"] for e in levels],
+            title="Perplexity as a share of the codes",
+            x_label="level",
         ),
     ]
     if len(ids) <= _MAX_BUCKETS:
         labels, values = _bucket_sizes(np.asarray(ids))
-        charts.append(bar_chart(labels, values, title="Items by how many share their ID", x_label="items on the same ID"))
+        charts.append(
+            bar_chart(
+                labels, values, title="Items by how many share their ID", x_label="items on the same ID"
+            )
+        )
     others = [Row((Cell(name), Cell(value))) for name, value in _facts(quality)]
     return Section(
         "codebooks",
         "Codebooks and semantic IDs",
-        texts=("A good codebook uses its codes evenly; an ID should be shared only by items of equal content.",),
+        texts=(
+            "A good codebook uses its codes evenly; an ID should be shared only by items of equal content.",
+        ),
         blocks=(
             Block(charts=charts),
             Block(

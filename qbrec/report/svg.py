@@ -44,7 +44,8 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str) -> str:
     body = _grid(y_ticks, y_of) + _x_axis(x_ticks, x_of, x_label)
     for index, (one, curve) in enumerate(zip(series, curves, strict=True)):
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in curve)
-        body += f'<polyline class="line s{index % 6}" points="{path}"><title>{escape(one.name)}</title></polyline>'
+        name = f"<title>{escape(one.name)}</title>"
+        body += f'<polyline class="line s{index % 6}" points="{path}">{name}</polyline>'
         if len(curve) <= 40:
             body += "".join(
                 f'<circle class="dot s{index % 6}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.5">'
@@ -70,7 +71,9 @@ def bar_chart(labels: Sequence[str], values: Sequence[float], *, title: str, x_l
             f'height="{max(0.0, y_of(0.0) - top):.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
         )
         if index % every == 0:
-            body += f'<text class="tick" x="{x + step / 2:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'
+            body += (
+                f'<text class="tick" x="{x + step / 2:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'
+            )
             body += f"{escape(label)}</text>"
     return _figure(body + _axis_name(x_label), title, [])
 
@@ -93,8 +96,9 @@ def interval_chart(rows: Sequence[Interval], *, title: str, x_label: str) -> str
         text = f"{row.label} {row.mean:.4f} ({row.low:.4f}–{row.high:.4f})"
         body += (
             f'<text class="name {kind}" x="12" y="{y - 9}">{escape(text)}</text>'
-            f'<line class="whisker {kind}" x1="{x_of(row.low):.1f}" x2="{x_of(row.high):.1f}" y1="{y}" y2="{y}"/>'
-            f'<circle class="mean {kind}" cx="{x_of(row.mean):.1f}" cy="{y}" r="4.5"><title>{escape(text)}</title></circle>'
+            f'<line class="whisker {kind}" x1="{x_of(row.low):.1f}" x2="{x_of(row.high):.1f}" '
+            f'y1="{y}" y2="{y}"/><circle class="mean {kind}" cx="{x_of(row.mean):.1f}" cy="{y}" r="4.5">'
+            f"<title>{escape(text)}</title></circle>"
         )
     return _figure(body + _axis_name(x_label, height), title, [], height)
 
@@ -151,7 +155,8 @@ def _grid(y_ticks: Sequence[float], y_of: _Scale) -> str:
 
 def _x_axis(x_ticks: Sequence[float], x_of: _Scale, label: str) -> str:
     marks = "".join(
-        f'<text class="tick" x="{x_of(t):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{number(t)}</text>'
+        f'<text class="tick" x="{x_of(t):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'
+        f"{number(t)}</text>"
         for t in x_ticks
     )
     return marks + _axis_name(label)
@@ -166,5 +171,7 @@ def _figure(body: str, title: str, legend: Sequence[str], height: int = HEIGHT) 
     keys = "".join(f'<span class="key s{i % 6}">{escape(name)}</span>' for i, name in enumerate(legend))
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}">{body}</svg>{f"<div class=legend>{keys}</div>" if keys else ""}</figure>'
+        f'aria-label="{escape(title)}">{body}</svg>'
+        + (f'<div class="legend">{keys}</div>' if keys else "")
+        + "</figure>"
     )

@@ -7,6 +7,7 @@ flat arrays over the items of all histories of a micro-batch.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from qbrec.config.stages import MaskConfig
 
 # Purposes: separate streams for separate decisions about one sample.
-KIND, SPAN_START, SPAN_LENGTH, REGION, FALLBACK, PARTIAL, PARTIAL_LEVEL, PREFIX, PREFIX_LENGTH = range(9)
+KIND, SPAN_START, SPAN_LENGTH, REGION, REGION_SIDE, FALLBACK, PARTIAL, PARTIAL_LEVEL, PREFIX, PREFIX_LENGTH = range(10)
 
 SPAN, TAIL, MULTI_REGION = range(3)
 
@@ -58,7 +59,8 @@ def uniform(
     run = torch.tensor([_signed(seed), epoch], dtype=torch.int64, device=samples.device)
     key = _mix(_mix(run[:1] + _GOLDEN) + run[1:] * _GOLDEN + purpose)
     key = _mix(key ^ _mix(samples * _GOLDEN + 1))
-    bits = _mix(key + (index + 1) * _GOLDEN)
+    step = _signed((index + 1) * _GOLDEN) if isinstance(index, int) else (index + 1) * _GOLDEN
+    bits = _mix(key + step)
     # The top 24 bits are exact in float32, so CPU and GPU agree to the bit.
     return ((bits >> 40) & ((1 << 24) - 1)).to(torch.float32) * 2.0**-24
 
@@ -156,10 +158,8 @@ def _spans(
     epoch: int,
 ) -> torch.Tensor:
     """bool [S]: covered by a span. All arguments are per item; `place` and `end` are flat positions."""
-    tail_mass = [(1 - _STOP) ** length for length in range(1, config.max_span)]  # P(length > 1), P(> 2), …
-    mean = 1 + sum(tail_mass)
-    # An item stays visible with probability about exp(-start · mean length).
-    start = min(1.0, -math.log(max(1 - config.ratio, 1e-9)) / mean)
+    tail_mass = _tail_mass(config.max_span)
+    start = _start_probability(config.ratio, config.max_span)
     draw = uniform(samples, seed=seed, epoch=epoch, purpose=SPAN_LENGTH, index=position)
     thresholds = torch.tensor([1 - mass for mass in tail_mass], device=samples.device)
     length = 1 + torch.bucketize(draw, thresholds, right=True)
@@ -167,6 +167,26 @@ def _spans(
     reach = torch.where(starts, torch.minimum(place + length, end), 0)
     # Spans end inside their own history, so one running maximum over the flat array serves all of them.
     return torch.cummax(reach, 0).values > place if len(reach) else starts
+
+
+def _tail_mass(max_span: int) -> list[float]:
+    """P(length > 1), P(length > 2), … of a span."""
+    return [(1 - _STOP) ** length for length in range(1, max_span)]
+
+
+@functools.cache
+def _start_probability(ratio: float, max_span: int) -> float:
+    """How often a span must start for a share `ratio` of the items to be covered, by bisection.
+
+    An item stays visible if no span that starts at it, or d items before it and is longer than d, covers it.
+    """
+    reach = [1.0, *_tail_mass(max_span)]
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        visible = math.prod(1 - middle * mass for mass in reach)
+        low, high = (low, middle) if 1 - visible > ratio else (middle, high)
+    return high
 
 
 def _regions(
@@ -178,16 +198,19 @@ def _regions(
     seed: int,
     epoch: int,
 ) -> torch.Tensor:
-    """bool [S]: the hidden item of its region. Regions hold at least two items, and the last of them stays visible."""
+    """bool [S]: the hidden item of its region. Regions hold at least two items, and one at their edge stays visible:
+    the first one of every region, or the last one of every region, so that hidden items are never neighbours.
+    """
     count = torch.maximum((config.ratio * length).round().to(torch.int64), torch.tensor(2, device=length.device))
     count = torch.minimum(count, length // 2).clamp(min=1)  # [S]
     region = torch.div(position * count, length, rounding_mode="floor")
     first = torch.div(region * length + count - 1, count, rounding_mode="floor")
     after = torch.div((region + 1) * length + count - 1, count, rounding_mode="floor")
     # With one region only (a short history) nothing has to be kept apart.
-    room = torch.where(count > 1, after - first - 1, after - first).clamp(min=1)
+    spared = (count > 1).to(torch.int64)
+    side = uniform(samples, seed=seed, epoch=epoch, purpose=REGION_SIDE) < 0.5
     draw = uniform(samples, seed=seed, epoch=epoch, purpose=REGION, index=region)
-    return position == first + _integers(draw, room)
+    return position == first + spared * side + _integers(draw, after - first - spared)
 
 
 def _levels(

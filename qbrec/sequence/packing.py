@@ -10,11 +10,75 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from qbrec.storage.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Histories of one micro-batch as item rows on the host, sorted by length: what the loader hands out.
+
+    Attributes:
+        rows: int64 [S], item rows of all histories, S = Σ lengths.
+        lengths: int64 [B], ascending, at least 1.
+        domains: int64 [B], domain index.
+        samples: int64 [B], global sample ids (keys of the random stream).
+        groups: (number of histories, items in each) of every group, in the order of the histories.
+        epoch: Epoch the batch is part of.
+    """
+
+    rows: torch.Tensor
+    lengths: torch.Tensor
+    domains: torch.Tensor
+    samples: torch.Tensor
+    groups: tuple[tuple[int, int], ...]
+    epoch: int
+
+    def to(self, device: torch.device | str, id_table: torch.Tensor) -> PackedHistories:
+        """The batch on `device`, its codes gathered there from `id_table` (any integer type torch indexes, [N, L])."""
+        rows = self.rows.to(device, non_blocking=True)
+        return PackedHistories(
+            codes=id_table[rows].to(torch.int64),
+            lengths=self.lengths.to(device, non_blocking=True),
+            domains=self.domains.to(device, non_blocking=True),
+            samples=self.samples.to(device, non_blocking=True),
+            groups=self.groups,
+        )
+
+
+def pack(
+    histories: Ragged, *, domains: NDArray[np.int64], samples: NDArray[np.int64], epoch: int = 0
+) -> tuple[PackedRows, NDArray[np.int64]]:
+    """Sort histories by length and lay them side by side.
+
+    Args:
+        histories: B rows of item rows, each at least one long.
+        domains: int64 [B].
+        samples: int64 [B], global sample ids.
+        epoch: Epoch they are read in.
+
+    Returns:
+        The packed batch, and its order int64 [B]: packed history `i` is history `order[i]`.
+    """
+    order = np.argsort(histories.lengths, kind="stable")
+    histories = histories.take(order)
+    values, counts = np.unique(histories.lengths, return_counts=True)
+    assert len(values) == 0 or values[0] >= 1, "an empty history has no token to hide"
+    packed = PackedRows(
+        rows=torch.from_numpy(histories.values.astype(np.int64)),
+        lengths=torch.from_numpy(histories.lengths),
+        domains=torch.from_numpy(domains[order]),
+        samples=torch.from_numpy(samples[order]),
+        groups=tuple((int(count), int(value)) for value, count in zip(values, counts, strict=True)),
+        epoch=epoch,
+    )
+    return packed, order
 
 
 @dataclass(frozen=True)
 class PackedHistories:
-    """Histories of one micro-batch, sorted by length.
+    """Histories of one micro-batch as codes on the device, sorted by length.
 
     Attributes:
         codes: int64 [S, L], codes of all items, S = Σ lengths.
@@ -32,27 +96,6 @@ class PackedHistories:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def to(self, device: torch.device | str) -> PackedHistories:
-        """The same batch on `device`."""
-        return PackedHistories(
-            codes=self.codes.to(device, non_blocking=True),
-            lengths=self.lengths.to(device, non_blocking=True),
-            domains=self.domains.to(device, non_blocking=True),
-            samples=self.samples.to(device, non_blocking=True),
-            groups=self.groups,
-        )
-
-
-def length_order(lengths: np.ndarray) -> np.ndarray:
-    """int64 [B]: the order that sorts histories by length; ties keep their place."""
-    return np.argsort(lengths, kind="stable")
-
-
-def length_groups(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Groups of equal length of ascending `lengths` int64 [B]."""
-    values, counts = np.unique(lengths, return_counts=True)
-    return tuple((int(count), int(value)) for value, count in zip(values, counts, strict=True))
 
 
 @dataclass(frozen=True)

@@ -128,18 +128,28 @@ class BatchLoader(Generic[Batch]):
             )
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
-    def iterate(self, epoch: int | None = None) -> Iterator[list[Batch | None]]:
+    def first(self) -> Batch:
+        """A micro-batch of the first samples in storage order: for a rank that has to run something without any."""
+        samples = np.arange(min(self.micro_batch, self.num_samples), dtype=np.int64)
+        if self._selected is not None:
+            samples = self._selected[samples]
+        return self.collate(self.blocks.take(samples, self.fields), samples, 0)
+
+    def iterate(self, epoch: int | None = None, *, start: int | None = None) -> Iterator[list[Batch | None]]:
         """Steps to the end of one epoch.
 
         Args:
             epoch: The epoch; by default that of `state()`. That one goes on at the next step, any other
                 begins at its first.
+            start: The step to begin with, instead.
 
         Yields:
             `micro_steps` micro-batches, then None where the step has none left for this rank.
         """
         if epoch is not None and epoch != self._epoch:
             self._epoch, self._step = epoch, 0
+        if start is not None:
+            self._step = start
         current, first = self._epoch, self._step
         steps = _ahead(self._make(current, first), self.prefetch)
         try:

@@ -15,13 +15,9 @@ from qbrec.engine.train import learning_rate, train
 from qbrec.errors import QbrecError
 from qbrec.storage.artifact import ArtifactStore
 from tests.support.spawn import run_ranks
-from tests.support.training import ToyLoader, ToyTask
+from tests.support.training import Interrupted, ToyLoader, ToyTask
 
 CONFIG = TrainConfig(epochs=4, batch_size=8, micro_batch=2, learning_rate=1e-2, checkpoint_every=3, keep_checkpoints=99)
-
-
-class Interrupted(Exception):
-    """Stands for a machine that is lost in the middle of an epoch."""
 
 
 def _context(rank: int, world: int, folder: str, stage: int) -> StageContext:
@@ -39,16 +35,7 @@ def _context(rank: int, world: int, folder: str, stage: int) -> StageContext:
 
 
 def _train(rank: int, world: int, folder: str, stage: int, stop_at: int = 0) -> dict[str, object]:
-    task, loader = ToyTask(), ToyLoader(rank, world)
-    prepare, calls = task.prepare, [0]
-
-    def interrupted(batch: object, device: torch.device) -> object:
-        calls[0] += 1
-        if stop_at and calls[0] > stop_at * 4 // world:
-            raise Interrupted
-        return prepare(batch, device)  # type: ignore[arg-type]
-
-    task.prepare = interrupted  # type: ignore[assignment,method-assign]
+    task, loader = ToyTask(), ToyLoader(rank, world, stop_at=stop_at)
     try:
         result = train(_context(rank, world, folder, stage), task, loader, config=CONFIG, label="toy")
     except Interrupted:

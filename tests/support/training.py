@@ -8,6 +8,10 @@ import torch
 from torch import nn
 
 
+class Interrupted(Exception):
+    """Stands for a machine that is lost in the middle of an epoch."""
+
+
 class ToyTask:
     """Regression with dropout; every sample has a different number of targets."""
 
@@ -30,15 +34,18 @@ class ToyTask:
 class ToyLoader:
     """`n` samples in global batches of 8, micro-batches of 2, dealt to the ranks in turn; the last batch is small."""
 
-    def __init__(self, rank: int, world: int, n: int = 37) -> None:
+    def __init__(self, rank: int, world: int, *, n: int = 37, stop_at: int = 0) -> None:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(n, 6, generator=generator)
         self.y = torch.randn(n, 3, generator=generator)
+        self.stop_at = stop_at  # optimiser step before which the machine is lost; 0: never
         self.rank, self.world, self.steps_per_epoch = rank, world, -(-n // 8)
 
     def iterate(self, epoch: int, *, start: int = 0) -> Iterator[list[tuple[torch.Tensor, torch.Tensor] | None]]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(100 + epoch))
         for step in range(start, self.steps_per_epoch):
+            if self.stop_at and epoch * self.steps_per_epoch + step == self.stop_at:
+                raise Interrupted
             micro = list(order[step * 8 : step * 8 + 8].split(2))
             rounds = -(-len(micro) // self.world)
             mine = [index * self.world + self.rank for index in range(rounds)]

@@ -98,14 +98,17 @@ def test_the_console_script_exists() -> None:
     assert attribute in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_wheel_holds_the_presets_and_the_serving_script(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_source_file_and_the_serving_script(tmp_path: Path) -> None:
     builder = pytest.importorskip(
         "hatchling.builders.wheel", reason="hatchling is only there while pip builds"
     )
     wheel = next(iter(builder.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])))
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "qbrec/_mlflow/serving_model.py" in names
-    assert {f"qbrec/config/presets/{p.name}" for p in (ROOT / "qbrec/config/presets").glob("*.yaml")} <= names
+    sources = [
+        path for path in (ROOT / "qbrec").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert {str(path.relative_to(ROOT)) for path in sources} <= names
     assert {name.split("/")[0] for name in names} == {"qbrec", f"qbrec-{qbrec.__version__}.dist-info"}
 
 
@@ -246,3 +249,21 @@ def test_supported_python_is_what_the_scripts_ask_for() -> None:
     assert "3.11.0" in SpecifierSet(project()["project"]["requires-python"])
     assert "3.10.9" not in SpecifierSet(project()["project"]["requires-python"])
     assert "(3, 11)" in (ROOT / "launch" / "install.sh").read_text()
+
+
+def test_the_readme_names_functions_and_folders_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    steps = text.partition("## Paper step")[2]
+    path = None
+    for file, name in re.findall(r"`([a-z_/]+\.py)?::(\w+)`", steps):
+        path = ROOT / file if file else path
+        assert path is not None
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert name in {getattr(node, "name", None) for node in tree.body}, f"{path}::{name}"
+    folders = re.findall(r"^\| `([a-z/]+)/` \|", text, flags=re.MULTILINE)
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+    assert {f"qbrec/{p.name}" for p in (ROOT / "qbrec").iterdir() if (p / "__init__.py").exists()} <= set(
+        folders
+    )
+    for name in re.findall(r"`?(?:launch|cluster|mlflow)/[\w./]+", text):
+        assert (ROOT / name.strip("`").rstrip(".")).exists(), name

@@ -11,10 +11,12 @@ import pytest
 
 from qbrec.config import RootConfig, parse_config
 from qbrec.errors import ConfigError, RegistryError
+from qbrec.storage.artifact import ArtifactStore
 from qbrec.tracking import Tracker, replay
 from qbrec.tracking.client import artifact_location, connect, tracking_uri
 from qbrec.tracking.flatten import flatten_numbers, flatten_params, safe_name
 from qbrec.tracking.state import STATE_FILE, load_state
+from tests.support.mlflow_store import copy_store
 
 
 def make_config(storage: Path, **tracking: object) -> RootConfig:
@@ -44,20 +46,7 @@ def runs_by_name(config: RootConfig) -> dict[str, list]:
 
 @pytest.fixture
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of a migrated database: MLflow takes six seconds to make one."""
-    import shutil
-
-    cache = tmp_path_factory.getbasetemp() / "mlflow-template"
-    if not (cache / "mlflow.db").exists():
-        connect(make_config(cache))
-        import sqlite3
-
-        with sqlite3.connect(cache / "mlflow.db") as db:
-            db.execute("DELETE FROM experiments WHERE name = 'qbrec'")
-        db.close()
-    storage = tmp_path_factory.mktemp("storage")
-    shutil.copy(cache / "mlflow.db", storage / "mlflow.db")
-    return storage
+    return copy_store(tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("storage"))
 
 
 class TestNames:
@@ -125,13 +114,15 @@ class TestMirror:
                 tracker.finish("KILLED")
             else:
                 tracker.finish()
-        with Tracker(config, tmp_path, poll_s=0.05).stage("fusion", key="other"):
+        tracker = Tracker(config, tmp_path, poll_s=0.05)
+        with tracker.stage("fusion", key="other"):
             pass
+        tracker.finish()
         runs = runs_by_name(config)
         assert len(runs["demo"]) == 1
         client, _ = connect(config)
         first = runs["fusion"][0]
-        assert first.info.status == "FINISHED"
+        assert [run.info.status for run in runs["fusion"]] == ["FINISHED", "FINISHED"]
         assert {m.step for m in client.get_metric_history(first.info.run_id, "loss")} == set(range(10))
 
     def test_changed_parameter_becomes_a_tag(self, database: Path, tmp_path: Path) -> None:
@@ -153,6 +144,35 @@ class TestMirror:
         assert tracker.finish()
         assert tracker.run_id is None
         assert list(tmp_path.iterdir()) == []
+
+
+    def test_artifact_and_data_set(self, database: Path, tmp_path: Path) -> None:
+        config, store = make_config(database), ArtifactStore(tmp_path / "store")
+        writer = store.writer("evaluation", "e" * 64)
+        writer.prepare()
+        writer.save_json("metrics.json", {"models": {"qbrec": {"removed": {"ndcg@10": {"mean": 0.25}}}}})
+        artifact = writer.commit(meta={"num_items": 9, "levels": [4, 4]}, inputs={}, config={}, seed=0)
+        tracker = Tracker(config, tmp_path, poll_s=0.05)
+        with tracker.stage("evaluation", key="k") as record:
+            record.complete(artifact)
+        tracker.dataset(artifact)
+        tracker.reused("fusion", artifact)
+        assert tracker.finish()
+        runs = runs_by_name(config)
+        stage, parent = runs["evaluation"][0], runs["demo"][0]
+        assert stage.data.metrics["models/qbrec/removed/ndcg_at_10/mean"] == 0.25
+        assert stage.data.metrics["num_items"] == 9
+        assert stage.data.tags["qbrec.fingerprint"] == artifact.fingerprint
+        assert parent.data.tags["qbrec.reused.fusion"] == artifact.fingerprint
+        client, _ = connect(config)
+        names = {f.path for f in client.list_artifacts(stage.info.run_id)}
+        assert names == {"manifest.json", "metrics.json"}
+        dataset = parent.inputs.dataset_inputs[0].dataset
+        assert (dataset.name, dataset.digest) == ("demo.pets", artifact.fingerprint[:32])
+        assert json.loads(dataset.profile)["num_items"] == 9
+        import mlflow
+
+        assert mlflow.data.get_source(dataset).uri == "/data/items.parquet"
 
 
 class TestOutage:

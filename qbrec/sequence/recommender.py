@@ -1,0 +1,154 @@
+"""The trained encoder as something that scores: log-probabilities of the next item's codes (`ranking.CodeScorer`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from qbrec.config.stages import SequenceConfig
+from qbrec.errors import DataError
+from qbrec.sequence.encoder import SequenceEncoder
+from qbrec.sequence.packing import pack
+from qbrec.sequence.tasks import id_table
+from qbrec.sequence.vocabulary import Vocabulary
+from qbrec.storage.artifact import Artifact, ArtifactWriter
+from qbrec.storage.ragged import Ragged
+
+# Histories of one forward. They are sorted by length first, so a forward holds histories of like length.
+_CHUNK = 512
+
+WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
+
+
+class SequenceRecommender:
+    """Encoder and ID table: histories of item rows in, code log-probabilities out.
+
+    Args:
+        module: The encoder; it is used as it is, in evaluation mode.
+        semantic_ids: Codes of all items, any integer type [N, L].
+        device: Where `module` lives.
+    """
+
+    name = "qbrec"
+
+    def __init__(
+        self, module: SequenceEncoder, *, semantic_ids: NDArray[Any], device: torch.device | str = "cpu"
+    ) -> None:
+        if semantic_ids.shape[1] != module.vocabulary.num_levels:
+            raise DataError(
+                f"the encoder knows {module.vocabulary.num_levels} levels, the semantic IDs have "
+                f"{semantic_ids.shape[1]}",
+                fix="load both from the same run",
+            )
+        self.module, self.device = module, torch.device(device)
+        self._table = id_table(semantic_ids).to(self.device)
+
+    @classmethod
+    def load(
+        cls, artifact: Artifact, *, semantic_ids: NDArray[Any], device: torch.device | str = "cpu"
+    ) -> SequenceRecommender:
+        """From a `pretrain` or `finetune` artifact.
+
+        Raises:
+            DataError: The artifact is damaged, or its levels are not those of `semantic_ids`.
+        """
+        return cls(load_encoder(artifact).to(device).eval(), semantic_ids=semantic_ids, device=device)
+
+    @torch.no_grad()
+    def code_log_probs(self, histories: Ragged, domain: NDArray[Any] | int) -> torch.Tensor:
+        """One forward over each history followed by L masks.
+
+        Unknown rows (negative, or beyond the ID table) are left out, then the last H items are read. An empty history is allowed: the domain
+        token alone then speaks.
+
+        Args:
+            histories: B rows of item rows, most recent last.
+            domain: Domain index of each history, [B], or one for all.
+
+        Returns:
+            float32 [B, L, max K_l] log-probabilities; -inf beyond a level's own codes.
+        """
+        vocabulary = self.module.vocabulary
+        self.module.eval()
+        known = self._known(histories).last(self.module.config.max_items)
+        domains = np.broadcast_to(np.asarray(domain, dtype=np.int64), (len(known),))
+        widest = max(vocabulary.levels)
+        out = torch.full((len(known), vocabulary.num_levels, widest), -torch.inf, device=self.device)
+        order = np.argsort(known.lengths, kind="stable")
+        for begin in range(0, len(order), _CHUNK):
+            chosen = order[begin : begin + _CHUNK]
+            out[torch.from_numpy(chosen).to(self.device)] = self._forward(
+                known.take(chosen), np.ascontiguousarray(domains[chosen])
+            )
+        return out
+
+    def _known(self, histories: Ragged) -> Ragged:
+        """The histories without rows that have no semantic ID."""
+        values = np.asarray(histories.values, dtype=np.int64)
+        keep = (values >= 0) & (values < len(self._table))
+        lengths = np.bincount(histories.row_ids[keep], minlength=len(histories))
+        return Ragged.from_lengths(values[keep], lengths)
+
+    def _forward(self, histories: Ragged, domains: NDArray[np.int64]) -> torch.Tensor:
+        """float32 [B, L, max K_l] of histories sorted by length, at most H long."""
+        # The item to predict: its codes are hidden, so any row does.
+        placed = np.insert(histories.values, histories.offsets[1:], 0)
+        asked = Ragged.from_lengths(placed, histories.lengths + 1)
+        packed, order = pack(asked, domains=domains, samples=np.arange(len(asked)))
+        assert (order[1:] > order[:-1]).all(), "histories come sorted"
+        batch = packed.to(self.device, self._table)
+        hidden = torch.zeros_like(batch.codes, dtype=torch.bool)
+        hidden[torch.cumsum(batch.lengths, 0) - 1] = True
+        widest = max(self.module.vocabulary.levels)
+        levels = [
+            functional.pad(scores.log_softmax(-1), (0, widest - scores.shape[-1]), value=-torch.inf)
+            for scores in self.module(batch, hidden)
+        ]
+        return torch.stack(levels, 1)
+
+
+def save_encoder(writer: ArtifactWriter, module: SequenceEncoder) -> None:
+    """Write weights and description of an encoder into an artifact."""
+    weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    writer.save_safetensors(WEIGHTS, weights)
+    writer.save_json(
+        DESCRIPTION,
+        {
+            "sequence": module.config.model_dump(mode="json"),
+            "levels": list(module.vocabulary.levels),
+            "domains": list(module.vocabulary.domains),
+        },
+    )
+
+
+def load_encoder(artifact: Artifact) -> SequenceEncoder:
+    """The encoder of a `pretrain` or `finetune` artifact, on the CPU.
+
+    Raises:
+        DataError: A file is damaged, or its weights do not fit its own description.
+    """
+    description = artifact.load_json(DESCRIPTION)
+    # JSON has no tuples; strict models accept lists for them only when told that it is JSON.
+    config = SequenceConfig.model_validate_json(_dump(description["sequence"]))
+    vocabulary = Vocabulary(tuple(description["levels"]), tuple(description["domains"]))
+    module = SequenceEncoder(config, vocabulary)
+    weights = artifact.load_safetensors(WEIGHTS)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(
+            f"the weights do not fit the encoder's description: {error}",
+            where=str(artifact.path),
+            fix="delete this folder and train the stage again",
+        ) from error
+    return module
+
+
+def _dump(document: Any) -> str:
+    import json
+
+    return json.dumps(document)

@@ -1,0 +1,209 @@
+"""Stage 3: pretrain the masked encoder on all domains, then fine-tune it on the target domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from qbrec.config import RootConfig
+from qbrec.config.stages import MaskConfig, TrainConfig
+from qbrec.engine.context import StageContext
+from qbrec.engine.train import TrainResult, train
+from qbrec.errors import DataError
+from qbrec.ranking.scorer import FactorisedScorer
+from qbrec.ranking.topk import tie_rank
+from qbrec.ranking.validate import validation_metrics
+from qbrec.sequence.encoder import SequenceEncoder
+from qbrec.sequence.packing import PackedRows
+from qbrec.sequence.recommender import SequenceRecommender, load_encoder, save_encoder
+from qbrec.sequence.tasks import HISTORY_FIELDS, HistoryCollate, MaskedTask
+from qbrec.sequence.vocabulary import Vocabulary
+from qbrec.storage.artifact import Artifact
+from qbrec.storage.catalog_view import CatalogView
+from qbrec.storage.loader import BatchLoader
+
+MONITOR = "ndcg@10"
+
+
+def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
+    """Train an encoder from scratch: span, tail and multi-region masks over the histories of all domains.
+
+    Args:
+        ctx: The rank's context.
+        config: The whole configuration.
+        inputs: `catalog` and `quantizer`.
+
+    Returns:
+        `encoder.safetensors`, `encoder.json`, `curve.json`.
+
+    Raises:
+        DataError: An input is damaged, or there is no history to learn from.
+    """
+    catalog = CatalogView(inputs["catalog"])
+    levels = tuple(int(num_codes) for num_codes in inputs["quantizer"].meta["levels"])
+    torch.manual_seed(ctx.sub_seed("sequence/init"))
+    module = SequenceEncoder(config.sequence, Vocabulary(levels, tuple(catalog.domains)))
+    return _run(
+        ctx,
+        config,
+        inputs,
+        catalog=catalog,
+        module=module,
+        masks=config.sequence.masks,
+        schedule=config.sequence.pretrain,
+        prefix=config.sequence.pretrain_prefix,
+        domain=None,
+    )
+
+
+def finetune(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
+    """Go on from the pretrained encoder: the last item of every prefix of the target domain's histories.
+
+    The weights kept are those with the best validation NDCG@10 of the factorised scorer over the full catalogue.
+
+    Args:
+        ctx: The rank's context.
+        config: The whole configuration.
+        inputs: `catalog`, `quantizer` and `pretrain`.
+
+    Returns:
+        `encoder.safetensors`, `encoder.json`, `curve.json`.
+
+    Raises:
+        DataError: An input is damaged, or the target domain has no history to learn from.
+    """
+    catalog = CatalogView(inputs["catalog"])
+    return _run(
+        ctx,
+        config,
+        inputs,
+        catalog=catalog,
+        module=load_encoder(inputs["pretrain"]),
+        masks=config.sequence.finetune_masks,
+        schedule=config.sequence.finetune,
+        prefix=config.sequence.finetune_prefix,
+        domain=list(catalog.domains).index(config.data.target_domain),
+    )
+
+
+def _run(
+    ctx: StageContext,
+    config: RootConfig,
+    inputs: Mapping[str, Artifact],
+    *,
+    catalog: CatalogView,
+    module: SequenceEncoder,
+    masks: MaskConfig,
+    schedule: TrainConfig,
+    prefix: float,
+    domain: int | None,
+) -> Artifact:
+    semantic_ids = inputs["quantizer"].load_npy("semantic_ids.npy")
+    seed = ctx.sub_seed(f"{ctx.stage}/masks")
+    task = MaskedTask(
+        module,
+        semantic_ids=semantic_ids,
+        masks=masks,
+        seed=seed,
+        label_smoothing=config.sequence.label_smoothing,
+    )
+    collate = HistoryCollate(max_items=module.num_positions, seed=seed, prefix=prefix)
+    loader = history_loader(ctx, catalog, schedule, collate=collate, domain=domain)
+    result = train(
+        ctx,
+        task,
+        loader,
+        config=schedule,
+        label=ctx.stage,
+        evaluate=_evaluator(ctx, config, catalog, semantic_ids),
+        monitor=MONITOR,
+    )
+    writer = ctx.writer()
+    if ctx.is_main:
+        save_encoder(writer, module)
+        writer.save_json("curve.json", result.curve)
+    meta = _meta(result, module, num_histories=loader.num_samples)
+    return ctx.commit(writer, meta=meta, inputs=inputs)
+
+
+def history_loader(
+    ctx: StageContext,
+    catalog: CatalogView,
+    schedule: TrainConfig,
+    *,
+    collate: HistoryCollate,
+    domain: int | None,
+) -> BatchLoader[PackedRows]:
+    """Batches of histories whose training part has at least two items, of one domain or of all (None).
+
+    Raises:
+        DataError: There is no such history.
+    """
+    blocks = catalog.histories()
+    select = blocks.column("cut")[:, 0] >= 2
+    if domain is not None:
+        select &= blocks.column("domain") == domain
+    if not select.any():
+        where = "all domains" if domain is None else f"domain {catalog.domains[domain]!r}"
+        raise DataError(
+            "no user has two interactions before validation and test: there is nothing to learn from",
+            where=where,
+            fix="bring longer histories, or check data.domains and data.target",
+        )
+    return BatchLoader(
+        blocks,
+        batch_size=schedule.batch_size,
+        micro_batch=schedule.micro_batch,
+        seed=ctx.sub_seed(f"{ctx.stage}/order"),
+        rank=ctx.rank,
+        world=ctx.world,
+        collate=collate,
+        fields=HISTORY_FIELDS,
+        select=select,
+    )
+
+
+def _evaluator(
+    ctx: StageContext, config: RootConfig, catalog: CatalogView, semantic_ids: NDArray[Any]
+) -> Callable[[nn.Module], Mapping[str, float]]:
+    """Validation metrics of the very scorer that will serve, on the target domain, shared among the ranks."""
+    target = config.data.target_domain
+    histories = catalog.load_histories(target)
+    allowed = catalog.domain_mask(target)
+    ties = tie_rank(np.asarray(catalog.train_counts))
+
+    def evaluate(module: nn.Module) -> Mapping[str, float]:
+        assert isinstance(module, SequenceEncoder)
+        recommender = SequenceRecommender(module, semantic_ids=semantic_ids, device=ctx.device)
+        scorer = FactorisedScorer(
+            recommender, semantic_ids=semantic_ids, chunk_items=config.ranking.chunk_items
+        )
+        return validation_metrics(
+            scorer,
+            histories,
+            tie_rank=ties,
+            allowed=allowed,
+            max_users=config.sequence.validation_users,
+            seed=ctx.sub_seed("sequence/validation"),
+            batch_users=config.evaluation.batch_users,
+            rank=ctx.rank,
+            world=ctx.world,
+            all_reduce=ctx.all_reduce,
+            device=ctx.device,
+        )
+
+    return evaluate
+
+
+def _meta(result: TrainResult, module: SequenceEncoder, *, num_histories: int) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "best": result.best,
+        "num_histories": num_histories,
+        "num_parameters": sum(parameter.numel() for parameter in module.parameters()),
+    }

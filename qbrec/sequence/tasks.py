@@ -1,0 +1,129 @@
+"""What pretraining and fine-tuning ask of the encoder: batches, masks and the loss, for `engine.train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from qbrec.config.stages import MaskConfig
+from qbrec.sequence.encoder import SequenceEncoder
+from qbrec.sequence.masks import draw_masks, prefix_lengths
+from qbrec.sequence.packing import PackedHistories, PackedRows, pack
+from qbrec.storage.block_reader import Fields, RaggedField
+from qbrec.storage.ragged import Ragged
+
+HISTORY_FIELDS = ("domain", "cut", RaggedField("row", offsets="offset"))
+
+
+@dataclass(frozen=True)
+class HistoryCollate:
+    """Makes packed micro-batches of the *training part* of histories; validation and test items are cut off first.
+
+    Attributes:
+        max_items: Longest history kept, the item to predict included.
+        seed: Seed of the random stream.
+        prefix: Share of the histories that are cut at a random item, so that every item is the last one at times.
+    """
+
+    max_items: int
+    seed: int
+    prefix: float
+
+    def __call__(self, fields: Fields, samples: NDArray[np.int64], epoch: int) -> PackedRows:
+        """Pack histories.
+
+        Args:
+            fields: `HISTORY_FIELDS` of b histories.
+            samples: int64 [b], global sample ids.
+            epoch: Epoch of the batch.
+        """
+        histories, cut, domain = fields["row"], fields["cut"], fields["domain"]
+        assert isinstance(histories, Ragged) and isinstance(cut, np.ndarray) and isinstance(domain, np.ndarray)
+        histories = histories.prefix(cut[:, 0].astype(np.int64))
+        if self.prefix > 0:
+            lengths = prefix_lengths(
+                torch.from_numpy(histories.lengths),
+                torch.from_numpy(samples),
+                seed=self.seed,
+                epoch=epoch,
+                probability=self.prefix,
+            )
+            histories = histories.prefix(lengths.numpy())
+        histories = histories.last(self.max_items)
+        return pack(histories, domains=domain.astype(np.int64), samples=samples, epoch=epoch)[0]
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """A prepared micro-batch: histories and what is hidden of them, bool [S, L]."""
+
+    histories: PackedHistories
+    hidden: torch.Tensor
+
+
+class MaskedTask:
+    """Predict hidden codes (`engine.Task`). Pretraining and fine-tuning differ in their masks only.
+
+    Args:
+        module: The encoder.
+        semantic_ids: Codes of all items, any integer type [N, L].
+        masks: Mixture and shape of the masks.
+        seed: Seed of the random stream.
+        label_smoothing: Share of the target spread over the other codes of the level.
+    """
+
+    def __init__(
+        self,
+        module: SequenceEncoder,
+        *,
+        semantic_ids: NDArray[Any],
+        masks: MaskConfig,
+        seed: int,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self.module: nn.Module = module
+        self.num_levels = module.vocabulary.num_levels
+        self.masks, self.seed, self.label_smoothing = masks, seed, label_smoothing
+        self._table = id_table(semantic_ids)
+
+    def prepare(self, batch: PackedRows, device: torch.device) -> tuple[MaskedBatch, torch.Tensor]:
+        """Gather the codes and draw the masks on the device.
+
+        Returns:
+            The prepared batch, and the number of hidden codes (float32 scalar).
+        """
+        if self._table.device != device:
+            self._table = self._table.to(device)
+        histories = batch.to(device, self._table)
+        hidden = draw_masks(
+            histories.lengths,
+            histories.samples,
+            self.masks,
+            num_levels=self.num_levels,
+            seed=self.seed,
+            epoch=batch.epoch,
+        )
+        return MaskedBatch(histories, hidden), hidden.sum().to(torch.float32)
+
+    def loss(self, module: nn.Module, batch: MaskedBatch) -> torch.Tensor:
+        """Cross-entropy over the level's own codes, summed over all hidden codes."""
+        logits = module(batch.histories, batch.hidden)
+        total = torch.zeros((), device=batch.hidden.device)
+        for level, scores in enumerate(logits):
+            targets = batch.histories.codes[:, level][batch.hidden[:, level]]
+            total = total + functional.cross_entropy(
+                scores, targets, reduction="sum", label_smoothing=self.label_smoothing
+            )
+        return total
+
+
+def id_table(semantic_ids: NDArray[Any]) -> torch.Tensor:
+    """Semantic IDs as a tensor torch can index: uint8 where they fit, else int32; [N, L]."""
+    small = semantic_ids.dtype == np.uint8
+    return torch.from_numpy(np.array(semantic_ids, dtype=np.uint8 if small else np.int32))

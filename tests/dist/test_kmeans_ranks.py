@@ -1,0 +1,81 @@
+"""Codebooks and codes are the same, bit for bit, on 1, 2 and 4 ranks: uneven ranks, empty ranks, any threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qbrec.config.stages import QuantizerConfig
+from qbrec.engine.context import StageContext
+from qbrec.quantizer.chunks import GRAIN, Shard, split_rows, standardisation, stratified
+from qbrec.quantizer.fit import fit_codebooks
+from qbrec.quantizer.kmeans import fit_kmeans, lloyd
+from qbrec.quantizer.rvq import encode, prefix_errors
+from qbrec.storage.artifact import ArtifactStore
+from tests.support.clusters import clustered
+from tests.support.spawn import run_ranks
+
+pytestmark = pytest.mark.dist
+
+CASES = {
+    "uneven": 4 * GRAIN + 777,  # 5 grains on 2 and 4 ranks, the last one short
+    "empty": GRAIN - 5,  # one grain: all ranks but one have nothing
+}
+
+
+def _fit(rank: int, world: int, num_rows: int, folder: str) -> dict[str, Tensor]:
+    comm = StageContext.local(ArtifactStore(folder), folder)
+    comm.rank, comm.world = rank, world
+    x = clustered(num_rows, 12, seed=5)
+    # A clump of equal rows and seeds far outside force empty clusters and ties.
+    x[10:200] = x[10]
+    start, stop = split_rows(num_rows, rank=rank, world=world)
+    held = torch.zeros(num_rows, dtype=torch.bool)
+    held[torch.from_numpy(stratified(num_rows, num_rows // 20, seed=1))] = True
+    raw = Shard(x[start:stop].clone(), start, num_rows)
+    mean, std = standardisation(raw, comm)
+    rows = ((raw.x - mean) / std).contiguous()
+    shard = Shard(rows, start, num_rows, ~held[start:stop])
+    far = torch.full((6, 12), 50.0)
+    moved = lloyd(shard, torch.cat([((x[:26] - mean) / std), far]), comm=comm, iterations=4, bound=60.0)
+    sampled = fit_kmeans(shard, 16, comm=comm, seed=3, iterations=5, max_sample=1500)
+    config = QuantizerConfig(iterations=4, refine_epochs=2, refine_solves=1)
+    books = fit_codebooks(shard, (32, 16, 8), config=config, comm=comm, seed=9)
+    codes = torch.cat(comm.gather_bytes(encode(shard.x, books)))
+    beams = torch.cat(comm.gather_bytes(encode(shard.x, books, beam=3)))
+    errors, count = prefix_errors(shard, encode(shard.x, books), books, comm=comm, held_out=True)
+    return {
+        "mean": mean,
+        "std": std,
+        "lloyd": moved.centroids,
+        "inertia": torch.tensor([moved.inertia, sampled.inertia, moved.reseeded], dtype=torch.float64),
+        "sampled": sampled.centroids,
+        "codes": codes,
+        "beams": beams,
+        "errors": errors,
+        "count": torch.tensor(count),
+        **{f"level{i}": level for i, level in enumerate(books.levels)},
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_on_any_number_of_ranks(case: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = str(tmp_path_factory.mktemp("run"))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = _fit(0, 1, CASES[case], folder)
+        torch.set_num_threads(3)
+        results = {"3 threads": want | _fit(0, 1, CASES[case], folder)}
+        assert torch.get_num_threads() == 3, "the workers' setting stays theirs"
+    finally:
+        torch.set_num_threads(threads)
+    assert want["inertia"][2] > 0, "the case must re-seed empty clusters"
+    assert want["count"] == CASES[case] // 20
+    for world in (2, 4):
+        for rank, got in enumerate(run_ranks(_fit, world, CASES[case], folder)):
+            results[f"rank {rank} of {world}"] = got
+    for where, got in results.items():
+        for name, tensor in want.items():
+            assert torch.equal(tensor, got[name]), f"{name} differs on {where}"

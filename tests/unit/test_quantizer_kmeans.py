@@ -1,0 +1,185 @@
+"""k-means: parity with scikit-learn, seeding, empty clusters, fixed point, the row grid."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans as SklearnKMeans
+
+from qbrec.quantizer.chunks import (
+    GRAIN,
+    Alone,
+    FixedPoint,
+    Shard,
+    gather_rows,
+    split_rows,
+    standardisation,
+    stratified,
+)
+from qbrec.quantizer.kmeans import assign, farthest_rows, fit_kmeans, lloyd, row_argmax
+from qbrec.quantizer.seeding import plus_plus
+from tests.support.clusters import clustered
+
+
+def _inertia(x: torch.Tensor, centroids: torch.Tensor) -> float:
+    return float(torch.cdist(x.double(), centroids.double()).amin(1).square().mean())
+
+
+def test_lloyd_equals_scikit_learn() -> None:
+    x = clustered(5000, 16)
+    start = x[:24].clone()
+    ours = lloyd(Shard(x, 0, len(x)), start, comm=Alone(), iterations=7, bound=float(x.abs().max()))
+    theirs = SklearnKMeans(24, init=start.double().numpy(), n_init=1, max_iter=7, tol=0, algorithm="lloyd")
+    theirs.fit(x.double().numpy())
+    assert ours.reseeded == 0
+    np.testing.assert_allclose(ours.centroids, theirs.cluster_centers_, atol=2e-5)
+
+
+def test_assign_is_the_nearest_centroid_and_lowest_on_ties() -> None:
+    x = clustered(3000, 8)
+    centroids = x[:40].clone()
+    assert torch.equal(assign(x, centroids), torch.cdist(x.double(), centroids.double()).argmin(1))
+    twice = torch.cat([centroids, centroids])
+    assert int(assign(x, twice).max()) < 40
+    assert row_argmax(torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]])).tolist() == [1, 0]
+
+
+def test_seeding_beats_random_rows_and_spreads() -> None:
+    x = clustered(4000, 12, clusters=50)
+    seeds = plus_plus(x, 32, seed=1)
+    random = [
+        _inertia(x, x[torch.randperm(4000, generator=torch.Generator().manual_seed(i))[:32]])
+        for i in range(5)
+    ]
+    assert _inertia(x, seeds) < min(random)
+    assert torch.equal(seeds, plus_plus(x, 32, seed=1))
+    assert not torch.equal(seeds, plus_plus(x, 32, seed=2))
+
+
+@pytest.mark.parametrize("num_codes", [5, 300])
+def test_seeding_with_fewer_points_than_codes(num_codes: int) -> None:
+    x = torch.eye(3).repeat(4, 1)
+    seeds = plus_plus(x, num_codes, seed=0)
+    assert seeds.shape == (num_codes, 3)
+    assert len(seeds.unique(dim=0)) == 3
+
+
+def test_batched_seeding_takes_different_points() -> None:
+    x = clustered(2000, 8)
+    assert len(plus_plus(x, 600, seed=0).unique(dim=0)) == 600  # 600 codes: 3 per round
+
+
+def test_fit_uses_every_code_and_is_near_scikit_learn() -> None:
+    x = clustered(9000, 16, clusters=100)
+    ours = fit_kmeans(Shard(x, 0, len(x)), 64, comm=Alone(), seed=0)
+    theirs = SklearnKMeans(64, n_init=1, random_state=0, max_iter=20).fit(x.numpy())
+    assert _inertia(x, ours.centroids) < 1.02 * theirs.inertia_ / len(x)
+    assert len(assign(x, ours.centroids).unique()) == 64
+
+
+def test_sample_and_full_passes() -> None:
+    x = clustered(9000, 8, clusters=100)
+    shard = Shard(x, 0, len(x))
+    sampled = fit_kmeans(shard, 16, comm=Alone(), seed=0, iterations=5, full_passes=0, max_sample=2000)
+    full = fit_kmeans(shard, 16, comm=Alone(), seed=0, iterations=5, full_passes=3, max_sample=2000)
+    assert full.iterations == sampled.iterations + 3
+    assert _inertia(x, full.centroids) < _inertia(x, sampled.centroids)
+
+
+def test_empty_clusters_move_to_the_farthest_rows() -> None:
+    x = torch.cat([torch.zeros(50, 2), torch.tensor([[9.0, 0.0], [9.0, 0.0], [0.0, 7.0], [0.0, 7.0]])])
+    start = torch.cat([torch.zeros(1, 2), torch.full((2, 2), -500.0)])
+    fit = lloyd(Shard(x, 0, len(x)), start, comm=Alone(), iterations=1, bound=9.0)
+    assert fit.reseeded == 2  # the two farthest *different* rows, though (9, 0) comes twice
+    assert sorted(map(tuple, fit.centroids.tolist())) == [(0.0, 0.0), (0.0, 7.0), (9.0, 0.0)]
+
+
+def test_fewer_rows_than_codes_ends() -> None:
+    x = torch.tensor([[0.0], [1.0], [1.0]])
+    fit = fit_kmeans(Shard(x, 0, 3), 8, comm=Alone(), seed=0)
+    assert _inertia(x, fit.centroids) == 0
+
+
+def test_rows_out_of_the_fit_do_not_count() -> None:
+    x = clustered(3000, 6)
+    train = torch.ones(3000, dtype=torch.bool)
+    train[::3] = False
+    noisy = x.clone()
+    noisy[::3] = 5.0
+    bound = float(torch.maximum(x.abs().max(), noisy.abs().max()))
+    start = x[train][:20].clone()
+    fits = [
+        lloyd(Shard(v, 0, 3000, train), start, comm=Alone(), iterations=3, bound=bound) for v in (x, noisy)
+    ]
+    assert torch.equal(fits[0].centroids, fits[1].centroids)
+    assert fits[0].inertia == fits[1].inertia
+
+
+def test_farthest_rows_break_ties_by_row() -> None:
+    vectors = torch.tensor([[1.0], [2.0], [3.0], [2.0], [4.0]])
+    distances = torch.tensor([1.0, 5.0, 5.0, 5.0, 0.0])
+    rows = torch.tensor([40, 30, 20, 10, 0])
+    got = farthest_rows(rows, vectors, distances, count=3, comm=Alone())
+    assert got.squeeze(1).tolist() == [
+        2.0,
+        3.0,
+        1.0,
+    ]  # row 10, 20; row 30 equals row 10; row 0 is at distance 0
+
+
+@given(
+    values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=60),
+    cut=st.integers(0, 60),
+    order=st.randoms(use_true_random=False),
+)
+def test_fixed_point_sums_know_no_order(values: list[float], cut: int, order: object) -> None:
+    bound = max(abs(v) for v in values)
+    fixed = FixedPoint.of(len(values), bound)
+    whole = fixed.encode(torch.tensor(values, dtype=torch.float64))
+    assert int(whole.sum()) == int(whole[:cut].sum() + whole[cut:].sum())
+    assert abs(int(whole.sum())) < 2**63
+    assert sum(int(v) for v in whole) == int(whole.sum()), "no overflow"
+    error = abs(float(fixed.decode(whole.sum())) - math.fsum(values))
+    assert error <= len(values) * 2.0**-fixed.shift + 1e-15 * math.fsum(abs(v) for v in values)
+
+
+@given(total=st.integers(0, 10 * GRAIN), world=st.integers(1, 7))
+def test_split_rows_covers_everything_once(total: int, world: int) -> None:
+    spans = [split_rows(total, rank=r, world=world) for r in range(world)]
+    assert [row for span in spans for row in (span[0], span[1]) if span[0] != span[1]] == [
+        edge for a, b in spans if a != b for edge in (a, b)
+    ]
+    assert sum(b - a for a, b in spans) == total
+    assert all(b == c for (_, b), (c, _) in zip(spans[:-1], spans[1:], strict=True))
+    assert all(a % GRAIN == 0 for a, b in spans if a != b)
+
+
+@settings(max_examples=50)
+@given(total=st.integers(1, 5000), count=st.integers(0, 6000), seed=st.integers(0, 2**62))
+def test_stratified_rows_are_sorted_and_unique(total: int, count: int, seed: int) -> None:
+    rows = stratified(total, count, seed=seed)
+    assert len(rows) == min(total, count)
+    assert (np.diff(rows) > 0).all()
+    assert len(rows) == 0 or (rows[0] >= 0 and rows[-1] < total)
+
+
+def test_standardisation_equals_numpy() -> None:
+    x = clustered(5000, 5) * torch.tensor([1.0, 100.0, 1e-3, 0.0, 1.0]) + torch.tensor(
+        [0.0, 3.0, 0.0, 2.0, -9.0]
+    )
+    mean, std = standardisation(Shard(x, 0, len(x)), Alone())
+    np.testing.assert_allclose(mean, x.double().mean(0), rtol=1e-5, atol=1e-7)
+    want = x.double().std(0, correction=0).numpy()
+    want[3] = 1.0  # a dimension that does not vary is left as it is
+    np.testing.assert_allclose(std, want, rtol=1e-5)
+
+
+def test_gather_rows() -> None:
+    x = clustered(100, 3)
+    rows = np.array([0, 5, 99])
+    assert torch.equal(gather_rows(Shard(x, 0, 100), rows, Alone()), x[[0, 5, 99]])

@@ -1,0 +1,247 @@
+"""Packing, encoder, loss and recommender of stage 3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from qbrec.config.stages import MaskConfig, SequenceConfig
+from qbrec.errors import DataError
+from qbrec.ranking.scorer import FactorisedScorer
+from qbrec.sequence.encoder import Block, SequenceEncoder
+from qbrec.sequence.masks import draw_masks
+from qbrec.sequence.packing import PackedHistories, pack, token_layout
+from qbrec.sequence.recommender import SequenceRecommender, load_encoder, save_encoder
+from qbrec.sequence.tasks import HistoryCollate, MaskedTask
+from qbrec.sequence.vocabulary import Vocabulary
+from qbrec.storage.artifact import ArtifactStore
+from qbrec.storage.ragged import Ragged
+
+LEVELS = (7, 5, 3)
+IDS = np.stack([np.random.default_rng(level).integers(0, k, 40) for level, k in enumerate(LEVELS)], 1).astype(np.uint8)
+
+
+def encoder(**changes: Any) -> SequenceEncoder:
+    torch.manual_seed(1)
+    config = SequenceConfig(**{"width": 16, "layers": 2, "heads": 2, "dropout": 0.0, "max_items": 9, **changes})
+    return SequenceEncoder(config, Vocabulary(LEVELS, ("one", "two"))).eval()
+
+
+def histories(lengths: list[int], seed: int = 0) -> Ragged:
+    rng = np.random.default_rng(seed)
+    return Ragged.from_lengths(rng.integers(0, len(IDS), sum(lengths)), np.array(lengths, dtype=np.int64))
+
+
+def packed(rows: Ragged, domains: list[int] | None = None) -> tuple[PackedHistories, np.ndarray]:
+    batch, order = pack(
+        rows, domains=np.array(domains or [0] * len(rows), dtype=np.int64), samples=np.arange(len(rows))
+    )
+    return batch.to("cpu", torch.from_numpy(IDS)), order
+
+
+def masks_for(batch: PackedHistories, **changes: Any) -> torch.Tensor:
+    return draw_masks(
+        batch.lengths, batch.samples, MaskConfig(**changes), num_levels=len(LEVELS), seed=0, epoch=0
+    )
+
+
+def test_layout_is_domain_token_then_items() -> None:
+    lengths = torch.tensor([1, 2, 2])
+    layout = token_layout(lengths, num_items=5, num_levels=3)
+    assert layout.domain_tokens.tolist() == [0, 4, 11]
+    assert layout.item_tokens.tolist() == [[1, 2, 3], [5, 6, 7], [8, 9, 10], [12, 13, 14], [15, 16, 17]]
+    assert layout.age.tolist() == [0, 1, 0, 1, 0]
+    assert layout.num_tokens == 18
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_packed_histories_do_not_see_each_other(position: str) -> None:
+    module = encoder(position=position)
+    rows = histories([3, 9, 1, 5, 3, 9])
+    domains = [0, 1, 0, 1, 1, 0]
+    batch, order = packed(rows, domains)
+    hidden = masks_for(batch)
+    together = module(batch, hidden)
+    ends = np.cumsum(batch.lengths.numpy())
+    for place, index in enumerate(order.tolist()):
+        span = slice(ends[place] - int(batch.lengths[place]), ends[place])
+        alone, _ = packed(rows.take(np.array([index])), [domains[index]])
+        for level, scores in enumerate(module(alone, hidden[span])):
+            before = int(hidden[: span.start, level].sum())
+            expected = together[level][before : before + len(scores)]
+            torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_equals_a_padded_one_with_a_mask() -> None:
+    torch.manual_seed(0)
+    block = Block(16, heads=2, dropout=0.0)
+    groups = ((3, 2), (1, 5), (2, 6))
+    x = torch.randn(sum(c * t for c, t in groups), 16)
+    sequences = x.split([t for c, t in groups for _ in range(c)])
+    padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    valid = torch.arange(6) < torch.tensor([len(s) for s in sequences])[:, None]
+    h = block.attention_norm(padded)
+    query, key, value = (
+        part.view(6, 6, 2, 8).transpose(1, 2) for part in functional.linear(h, block.qkv.weight, block.qkv.bias).chunk(3, -1)
+    )
+    weights = (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~valid[:, None, None], -torch.inf).softmax(-1)
+    y = padded + block.attention_output((weights @ value).transpose(1, 2).reshape(6, 6, 16))
+    y = y + block.down(functional.gelu(block.up(block.feed_norm(y)), approximate="tanh"))
+    torch.testing.assert_close(block(x, groups, None), y[valid], atol=1e-5, rtol=1e-4)
+    keep = torch.tensor([0, 7, 22])
+    torch.testing.assert_close(block(x, groups, None, keep), y[valid][keep], atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_codes_are_not_read_and_visible_ones_are() -> None:
+    module = encoder()
+    batch, _ = packed(histories([4, 6]))
+    hidden = masks_for(batch, partial=0.5)
+    reference = torch.cat([scores.reshape(-1) for scores in module(batch, hidden)])
+
+    def with_codes(change: torch.Tensor) -> torch.Tensor:
+        codes = torch.where(change, (batch.codes + 1) % torch.tensor(LEVELS), batch.codes)
+        changed = PackedHistories(codes, batch.lengths, batch.domains, batch.samples, batch.groups)
+        return torch.cat([scores.reshape(-1) for scores in module(changed, hidden)])
+
+    assert torch.equal(with_codes(hidden), reference)
+    assert not torch.equal(with_codes(~hidden), reference)
+
+
+def test_position_counts_from_the_end_and_order_matters() -> None:
+    rows = np.array([[1, 2, 3, 4]])
+    for position in ("learned", "rotary"):
+        recommender = SequenceRecommender(encoder(position=position), semantic_ids=IDS)
+        forward = recommender.code_log_probs(Ragged.from_lists(rows.tolist()), 0)
+        backward = recommender.code_log_probs(Ragged.from_lists(rows[:, ::-1].tolist()), 0)
+        assert (forward - backward).nan_to_num().abs().max() > 1e-6
+        assert (forward - recommender.code_log_probs(Ragged.from_lists(rows.tolist()), 1)).nan_to_num().abs().max() > 1e-6
+
+
+def test_outputs_cover_the_own_level_only() -> None:
+    module = encoder()
+    batch, _ = packed(histories([5, 5]))
+    hidden = masks_for(batch)
+    scores = module(batch, hidden)
+    assert [tuple(s.shape) for s in scores] == [
+        (int(hidden[:, level].sum()), k) for level, k in enumerate(LEVELS)
+    ]
+    assert all(s.dtype == torch.float32 for s in scores)
+
+
+def test_loss_is_a_sum_that_does_not_depend_on_packing() -> None:
+    module = encoder()
+    task = MaskedTask(module, semantic_ids=IDS, masks=MaskConfig(), seed=5)
+    rows = histories([3, 8, 2, 6, 5, 4])
+    domains, samples = np.zeros(6, np.int64), np.arange(100, 106)
+
+    def total(chosen: list[int]) -> tuple[float, float]:
+        index = np.array(chosen)
+        batch, _ = pack(rows.take(index), domains=domains[index], samples=samples[index], epoch=3)
+        prepared, count = task.prepare(batch, torch.device("cpu"))
+        return float(task.loss(module, prepared).detach()), float(count)
+
+    whole = total([0, 1, 2, 3, 4, 5])
+    parts = [total([4, 0]), total([1, 2, 3]), total([5])]
+    assert whole[1] == sum(count for _, count in parts)
+    assert whole[0] == pytest.approx(sum(loss for loss, _ in parts), rel=1e-5)
+
+
+def test_loss_is_plain_cross_entropy_of_the_hidden_codes() -> None:
+    module = encoder()
+    rows = histories([4, 6])
+    batch, _ = pack(rows, domains=np.zeros(2, np.int64), samples=np.arange(2))
+    for smoothing in (0.0, 0.1):
+        task = MaskedTask(module, semantic_ids=IDS, masks=MaskConfig(), seed=0, label_smoothing=smoothing)
+        prepared, _ = task.prepare(batch, torch.device("cpu"))
+        expected = 0.0
+        for level, scores in enumerate(module(prepared.histories, prepared.hidden)):
+            targets = prepared.histories.codes[:, level][prepared.hidden[:, level]]
+            one_hot = functional.one_hot(targets, LEVELS[level]) * (1 - smoothing) + smoothing / LEVELS[level]
+            expected -= float((one_hot * scores.detach().log_softmax(-1)).sum())
+        assert float(task.loss(module, prepared).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_collate_never_shows_validation_or_test_items() -> None:
+    rows = Ragged.from_lists([[1, 2, 3, 30, 31], [4, 5, 6, 7, 8, 9, 30, 31], [10, 11]])
+    fields: dict[str, Any] = {
+        "row": rows,
+        "cut": np.array([[3, 4], [6, 7], [2, 2]], np.int32),
+        "domain": np.array([0, 1, 0], np.uint8),
+    }
+    whole = HistoryCollate(max_items=4, seed=0, prefix=0.0)(fields, np.arange(3), 0)
+    assert whole.rows.tolist() == [10, 11, 1, 2, 3, 6, 7, 8, 9]
+    assert whole.domains.tolist() == [0, 0, 1]
+    assert whole.groups == ((1, 2), (1, 3), (1, 4))
+    ends = set()
+    for epoch in range(40):
+        batch = HistoryCollate(max_items=4, seed=0, prefix=1.0)(fields, np.arange(3), epoch)
+        assert batch.epoch == epoch
+        assert batch.rows.max() < 30
+        last = batch.rows[torch.cumsum(batch.lengths, 0) - 1]
+        ends.add(int(last[batch.domains == 1][0]))
+    assert ends == {5, 6, 7, 8, 9}
+
+
+def test_training_finds_a_rule() -> None:
+    """The next item is the current one plus one: a few dozen steps must rank it first."""
+    module = encoder(width=32, max_items=6)
+    task = MaskedTask(
+        module, semantic_ids=IDS, masks=MaskConfig(span=0.0, tail=1.0, multi_region=0.0, partial=0.0), seed=0
+    )
+    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    starts = np.arange(40)
+    rows = Ragged.from_lists([[(s + i) % 40 for i in range(4)] for s in starts])
+    for epoch in range(100):
+        batch, _ = pack(rows, domains=np.zeros(40, np.int64), samples=starts, epoch=epoch)
+        prepared, count = task.prepare(batch, torch.device("cpu"))
+        optimiser.zero_grad()
+        (task.loss(module, prepared) / count).backward()
+        optimiser.step()
+    scorer = FactorisedScorer(SequenceRecommender(module, semantic_ids=IDS), semantic_ids=IDS)
+    best = scorer.scores(rows.prefix(np.full(40, 3)), 0).argmax(1).numpy()
+    expected = IDS[(starts + 3) % 40]
+    assert (IDS[best] == expected).all(1).mean() > 0.9
+
+
+def test_recommender_gives_normalised_rows_whatever_the_batch() -> None:
+    recommender = SequenceRecommender(encoder(), semantic_ids=IDS)
+    rows = histories([4, 0, 9, 30, 1, 4])
+    domain = np.array([0, 1, 0, 1, 0, 1])
+    out = recommender.code_log_probs(rows, domain)
+    assert out.shape == (6, 3, max(LEVELS))
+    torch.testing.assert_close(out.exp().sum(-1), torch.ones(6, 3))
+    for level, num_codes in enumerate(LEVELS):
+        assert torch.isneginf(out[:, level, num_codes:]).all()
+    for index in range(6):
+        alone = recommender.code_log_probs(rows.take(np.array([index])), int(domain[index]))
+        torch.testing.assert_close(alone[0], out[index], atol=1e-5, rtol=1e-4)
+
+
+def test_recommender_drops_unknown_rows_and_reads_the_last_items() -> None:
+    recommender = SequenceRecommender(encoder(max_items=3), semantic_ids=IDS)
+    messy = Ragged.from_lists([[9, 8, 1, -1, 2, 3, 4000], [-1, -1]])
+    clean = Ragged.from_lists([[1, 2, 3], []])
+    torch.testing.assert_close(recommender.code_log_probs(messy, 0), recommender.code_log_probs(clean, 0))
+
+
+def test_encoder_comes_back_from_its_artifact(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    module = encoder(position="rotary")
+    writer = store.writer("pretrain", "a" * 64)
+    writer.prepare()
+    save_encoder(writer, module)
+    artifact = writer.commit(meta={}, inputs={}, config={}, seed=0)
+    again = load_encoder(artifact)
+    assert again.config == module.config
+    assert again.vocabulary == module.vocabulary
+    rows = histories([5, 2])
+    ours = SequenceRecommender(module, semantic_ids=IDS).code_log_probs(rows, 0)
+    theirs = SequenceRecommender.load(artifact, semantic_ids=IDS).code_log_probs(rows, 0)
+    assert torch.equal(ours, theirs)
+    with pytest.raises(DataError, match="levels"):
+        SequenceRecommender.load(artifact, semantic_ids=IDS[:, :2])
