@@ -9,7 +9,7 @@
 # torch are made there.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="${QBREC_VENV:-$ROOT/.venv}"
+VENV="$(realpath -ms "${QBREC_VENV:-$ROOT/.venv}")"
 
 fail() {
     echo "error: $1" >&2
@@ -31,20 +31,29 @@ find_python() {
 
 install_qbrec() {
     local extra="${1:-}" python wanted stamp log
-    # A virtual environment does not survive being moved, so its place is part of what is stamped.
+    # Where the code and the environment lie is part of the stamp: the installation is editable.
     wanted="$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" <(echo "$ROOT $VENV") | sha256sum | cut -d' ' -f1)"
     stamp="$VENV/qbrec-installed${extra:+-$extra}"
     log="$VENV/install.log"
-    export PATH="$VENV/bin:$PATH"
     if [[ "$(cat "$stamp" 2>/dev/null)" == "$wanted" ]] && "$VENV/bin/python" -c '' 2>/dev/null; then
+        export PATH="$VENV/bin:$PATH"
         return
     fi
-    if [[ ! -e "$VENV/bin/python" || "$(cat "$VENV/qbrec-place" 2>/dev/null)" != "$VENV" ]]; then
+    # An environment that works is used, whoever made it; one that does not is rebuilt only if it was made here.
+    # (After a move its python still runs, but the other programs in bin/ name the old place.)
+    if [[ "$(cat "$VENV/made-by-qbrec" 2>/dev/null || echo "$VENV")" != "$VENV" ]] ||
+        ! "$VENV/bin/python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix or sys.version_info < (3, 11))' 2>/dev/null; then
+        [[ -f "$VENV/made-by-qbrec" || -z "$(ls -A "$VENV" 2>/dev/null)" ]] ||
+            fail "$VENV is no working virtual environment with Python 3.11 or newer" "remove it, or set QBREC_VENV"
         python="$(find_python)"
         echo "making the virtual environment $VENV with $("$python" --version)"
-        "$python" -m venv --clear "$VENV" || fail "python -m venv failed" "on Debian and Ubuntu: apt install python3-venv"
-        echo "$VENV" >"$VENV/qbrec-place"
+        rm -rf "$VENV"
+        mkdir -p "$VENV"
+        echo "unfinished" >"$VENV/made-by-qbrec"
+        "$python" -m venv "$VENV" || fail "python -m venv failed" "on Debian and Ubuntu: apt install python3-venv"
+        echo "$VENV" >"$VENV/made-by-qbrec"
     fi
+    export PATH="$VENV/bin:$PATH"
     echo "installing qbrec${extra:+[$extra]} (some minutes the first time; log: $log)"
     # DeepSpeed comes as source; without its native operations (DS_BUILD_OPS=0) building it takes no compiler.
     if ! (cd "$ROOT" && DS_BUILD_OPS=0 "$VENV/bin/python" -m pip install --no-input --progress-bar off \

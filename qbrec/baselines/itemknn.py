@@ -4,18 +4,20 @@ For a user whose history ends in the items i (age 0 for the last one), a candida
 
     score(j) = Σ_{i in the last 20}  decay^age(i) · co(i, j) / ( (pop_j + 1)^alpha · sqrt(pop_i + 1) )
 
-where pop counts occurrences in the training part and co(i, j) sums, over training histories of length n and over their
-pairs at a distance d ≤ 10, 1 / (d · log(2 + n)) when j comes after i and half of that when it comes before. Items that
-co-occur with nothing in the history rank below all others, by popularity. `alpha` and `decay` are chosen by NDCG@10 on
-the validation targets (seen items removed); matrix and popularity come from the training part alone, also for the test.
+where pop counts occurrences in the training part and co(i, j) sums, over training histories of length n and
+over their pairs at a distance d ≤ 10, 1 / (d · log(2 + n)) when j comes after i and half of that when it
+comes before. Items that co-occur with nothing in the history rank below all others, by popularity. `alpha`
+and `decay` are chosen by NDCG@10 on the validation targets (seen items removed); matrix and popularity come
+from the training part alone, also for the test.
 
-The roles of i and j were settled by measuring: this reading gives HR@10 / NDCG@10 of .1391 / .1123 on the Amazon
-Musical Instruments set and .0848 / .0528 on Amazon Beauty (seen removed), the other one (alpha on the history's item)
-.1262 / .1046 and .0804 / .0498.
+The roles of i and j were settled by measuring: this reading gives HR@10 / NDCG@10 of .1391 / .1123 on the
+Amazon Musical Instruments set and .0848 / .0528 on Amazon Beauty (seen removed); the other one (alpha on
+the history's item) gives .1262 / .1046 and .0804 / .0498.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +62,7 @@ class ItemKNN:
         self.num_items = len(counts)
         self._normalised = (sp.diags(1 / np.sqrt(counts + 1.0)) @ co).astype(np.float32)
         self._matrix = self._weighted(alpha)
-        # Below every positive score, and distinct as far as float32 reaches; beyond, ties go by popularity as well.
+        # Below every positive score, and distinct as far as float32 reaches; ties go by popularity as well.
         self._fill = torch.from_numpy((-(tie_rank(counts) + 1.0) / self.num_items).astype(np.float32))
 
     @classmethod
@@ -107,8 +109,9 @@ class ItemKNN:
                     gains[d, a] += np.where(ranks <= 10, 1 / np.log2(ranks + 1.0), 0.0).sum()
             if on_batch is not None:
                 on_batch(len(batch))
-        d, a = np.unravel_index(int(gains.argmax()), gains.shape)
-        return ItemKNN(self.co, self.counts, alpha=ALPHAS[a], decay=DECAYS[d])
+        best = int(gains.argmax())
+        alpha, decay = ALPHAS[best % len(ALPHAS)], DECAYS[best // len(ALPHAS)]
+        return ItemKNN(self.co, self.counts, alpha=alpha, decay=decay)
 
     def scores(self, histories: Ragged, domain: Domain = 0) -> torch.Tensor:
         """Scores float32 [B, N]: positive for neighbours, below zero (by popularity) for all others."""
@@ -135,9 +138,9 @@ def co_occurrence(histories: Ragged, *, num_items: int) -> sp.csr_matrix:
     """
     total = sp.csr_matrix((num_items, num_items), dtype=np.float64)
     # Cut into parts of so many interactions: the pairs of one part are twenty times as many.
-    cuts = np.searchsorted(histories.offsets, np.arange(0, histories.offsets[-1], CHUNK_INTERACTIONS), side="right") - 1
-    borders = np.unique(np.append(cuts, len(histories)))
-    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+    marks = np.arange(0, histories.offsets[-1], CHUNK_INTERACTIONS)
+    cuts = np.searchsorted(histories.offsets, marks, side="right") - 1
+    for begin, end in itertools.pairwise(np.unique(np.append(cuts, len(histories)))):
         total = total + _pairs(histories.slice(int(begin), int(end)), num_items=num_items)
     return total.astype(np.float32)
 

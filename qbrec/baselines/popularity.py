@@ -22,7 +22,7 @@ class Popularity:
     name = "popularity"
 
     def __init__(self, counts: NDArray[Any]) -> None:
-        # float32 merges counts above 2**24 only with their neighbours; ties go by popularity again, so order is exact.
+        # float32 merges large counts with their neighbours only; ties go by popularity: the order is exact.
         self._scores = torch.from_numpy(np.asarray(counts).astype(np.float32))
 
     @classmethod

@@ -45,7 +45,7 @@ class SparseRace:
         self.competes[at[hit]] = False
         self.goal_at, self.goal_scored = _find(key, goal)
         self.goal_more_popular = places[self.items] < places[targets[self.rows]]
-        # A target without a score also loses to every more popular item without one that is still in the race.
+        # A target without a score also loses to every more popular item without one that still competes.
         popular = np.sort(places if allowed is None else places[allowed])
         self.fill = np.searchsorted(popular, places[targets])
         rest_rows, rest_items = np.divmod(gone[~hit], self.num_items)
@@ -65,7 +65,7 @@ class SparseRace:
             discount: Positive factor of every candidate's score, [N].
 
         Returns:
-            int64 [B], what `ranking.target_ranks` gives for the dense scores; N + 1 for a target that was seen.
+            int64 [B], as `ranking.target_ranks` gives for the dense scores; N + 1 for a target that was seen.
         """
         score = self.data * discount[self.items]
         own = np.zeros(self.batch, score.dtype)

@@ -93,7 +93,7 @@ class Domain:
 
     @property
     def picture_column(self) -> str | None:
-        """`image` or `image_path`, if pictures are encoded here (an `image_embedding` column takes their place)."""
+        """`image` or `image_path`, if pictures are encoded here (an `image_embedding` column comes first)."""
         if "image" in self.embeddings:
             return None
         return next((name for name in ("image", "image_path") if name in self.columns), None)
@@ -108,7 +108,9 @@ def read_contract(data: DataConfig, catalog: CatalogConfig) -> list[Domain]:
     """
     if not data.domains:
         raise ConfigError(
-            "no domain is configured", where="data.domains", fix="name items and interactions of one domain at least"
+            "no domain is configured",
+            where="data.domains",
+            fix="name items and interactions of one domain at least",
         )
     if len(data.domains) > 255:
         raise ConfigError("more than 255 domains", where="data.domains", fix="merge some of them")
@@ -117,14 +119,18 @@ def read_contract(data: DataConfig, catalog: CatalogConfig) -> list[Domain]:
         items = list_files(place.items, where=f"data.domains.{name}.items")
         interactions = list_files(place.interactions, where=f"data.domains.{name}.interactions")
         schema, item_rows = _check_files(items, ITEM_COLUMNS, required=("item_id",))
-        _, interaction_rows = _check_files(interactions, INTERACTION_COLUMNS, required=tuple(INTERACTION_COLUMNS))
+        _, interaction_rows = _check_files(
+            interactions, INTERACTION_COLUMNS, required=tuple(INTERACTION_COLUMNS)
+        )
         for rows, place_name, files in (
             (item_rows, "items", items),
             (interaction_rows, "interactions", interactions),
         ):
             if rows == 0:
                 raise DataError(
-                    f"there is not a single row of {place_name}", where=files[0].path, fix=f"bring {place_name}"
+                    f"there is not a single row of {place_name}",
+                    where=files[0].path,
+                    fix=f"bring {place_name}",
                 )
         embeddings = {}
         for column in schema.names:
@@ -193,7 +199,9 @@ def _modality(column: str, kind: pa.DataType, path: str) -> str:
     modality = column.removesuffix(EMBEDDING)
     if not _is_vector(kind):
         raise DataError(
-            f"the column {column!r} is {kind} instead of a list of floats", where=path, fix="write float vectors"
+            f"the column {column!r} is {kind} instead of a list of floats",
+            where=path,
+            fix="write float vectors",
         )
     if _MODALITY.fullmatch(modality) is None or modality == "structure":
         raise DataError(
@@ -220,14 +228,18 @@ def _width(files: list[SourceFile], column: str) -> int:
             lengths.pop(0, None)
             if lengths:
                 return int(max(lengths, key=lambda width: (lengths[width], width)))
-    raise DataError(f"the column {column!r} is empty in every row", where=files[0].path, fix="remove the column")
+    raise DataError(
+        f"the column {column!r} is empty in every row", where=files[0].path, fix="remove the column"
+    )
 
 
 def _check_agreement(domains: list[Domain]) -> None:
     """One fusion serves all domains, so a modality must be made the same way in all of them."""
     made: dict[str, tuple[str, str]] = {}
     for domain in domains:
-        ways = {m: f"the column {column} of width {width}" for m, (column, width) in domain.embeddings.items()}
+        ways = {
+            m: f"the column {column} of width {width}" for m, (column, width) in domain.embeddings.items()
+        }
         if domain.encodes_text:
             ways["text"] = "raw text"
         if domain.picture_column:
@@ -244,7 +256,7 @@ def _check_agreement(domains: list[Domain]) -> None:
         raise DataError(
             "the items have nothing to learn from",
             where=domains[0].items[0].path,
-            fix="bring one of title, description, categories, brand, image or a <name>_embedding column at least",
+            fix="bring a title, description, categories, brand, image or <name>_embedding column at least",
         )
 
 

@@ -1,4 +1,4 @@
-"""From a batch of raw items to one row of bytes per item: features, structure, content hash, or why it was rejected."""
+"""From a batch of raw items to one row of bytes per item: features and hashes, or why it was rejected."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qbrec.config.sections import CatalogConfig
 from qbrec.storage.hashing import SEPARATOR, hash64, hash_bytes
 
 BUILT_IN_TEXT, BUILT_IN_IMAGE = "hashed-ngram", "pixel-statistics"
+DISPLAY = "display."
 Tokens = tuple[NDArray[np.float16], NDArray[np.uint8]]  # values [Σ, d], tokens of every item [n]
 
 
@@ -39,7 +40,9 @@ def category_paths(table: pa.Table) -> list[tuple[str, ...]]:
 def item_texts(table: pa.Table, paths: list[tuple[str, ...]]) -> dict[str, pa.Array]:
     """The three text fields as they are: title, description, labels (categories and brand)."""
     brand = pc.fill_null(strings(table, "brand"), "")
-    labels = pc.binary_join_element_wise(pa.array([" ".join(path) for path in paths], pa.string()), brand, " ")
+    labels = pc.binary_join_element_wise(
+        pa.array([" ".join(path) for path in paths], pa.string()), brand, " "
+    )
     return {"title": strings(table, "title"), "description": strings(table, "description"), "labels": labels}
 
 
@@ -49,13 +52,19 @@ class ItemEncoder:
     Args:
         config: The catalogue's configuration.
         modalities: Names of all modalities of the catalogue: every domain's rows carry all of them.
+        display: Further columns of all domains together.
         text: The frozen built-in text encoder; None where text is not encoded with it.
     """
 
     def __init__(
-        self, config: CatalogConfig, *, modalities: tuple[str, ...], text: HashedNgramEncoder | None
+        self,
+        config: CatalogConfig,
+        *,
+        modalities: tuple[str, ...],
+        display: pa.Schema,
+        text: HashedNgramEncoder | None,
     ) -> None:
-        self._config, self._modalities, self._text = config, modalities, text
+        self._config, self._modalities, self._display, self._text = config, modalities, display, text
         self._structure: dict[tuple[str, ...], list[int]] = {}
         self._roots = tuple(os.path.realpath(root) for root in config.image.roots)
 
@@ -64,8 +73,8 @@ class ItemEncoder:
 
         Returns:
             hash uint64, item_id, domain int32, file int32, row int64 (in the file), reason (null: good),
-            content int64, structure (int32 bytes), `feature.<m>` (float16 bytes) and `tokens.<m>` uint8 by modality,
-            title, brand, categories and the domain's display columns.
+            content int64, structure (int32 bytes), by modality `feature.<m>` (float16 bytes) and `tokens.<m>`
+            uint8, title, brand, categories and `display.<column>` for the further columns.
         """
         n = table.num_rows
         reasons = np.full(n, None, dtype=object)
@@ -97,9 +106,11 @@ class ItemEncoder:
             "reason": pa.array(reasons, pa.string()),
             # An item that shows nothing is equal to no other one.
             "content": np.where(
-                [bool(parts) for parts in content], hash_bytes(b"\x1e".join(parts) for parts in content), hashes
+                [bool(parts) for parts in content],
+                hash_bytes(b"\x1e".join(parts) for parts in content),
+                hashes,
             ).view(np.int64),
-            "structure": pa.array(self.structure(table, paths).tolist(), pa.list_(pa.int32())),
+            "structure": _fixed(self.structure(table, paths)),
         }
         for modality in self._modalities:
             values, tokens = features.get(modality, (np.zeros((0, 1), np.float16), np.zeros(n, np.uint8)))
@@ -107,26 +118,34 @@ class ItemEncoder:
             columns[f"tokens.{modality}"] = tokens
         columns |= {"title": strings(table, "title"), "brand": strings(table, "brand")}
         columns["categories"] = pa.array([list(path) for path in paths], pa.list_(pa.string()))
-        for name in domain.display.names:
-            columns[f"display.{name}"] = table[name].combine_chunks()
+        for wanted in self._display:
+            own = wanted.name in domain.display.names
+            columns[f"{DISPLAY}{wanted.name}"] = (
+                table[wanted.name].combine_chunks().cast(wanted.type) if own else pa.nulls(n, wanted.type)
+            )
         return pa.table(columns)
 
     def structure(self, table: pa.Table, paths: list[tuple[str, ...]]) -> NDArray[np.int32]:
-        """Buckets of every prefix of the category path and, in the last slot, of the brand: int32 [n, S], -1 absent."""
+        """Buckets of every prefix of the category path and, last, of the brand: int32 [n, S], -1 absent."""
         depth, buckets = self._config.structure_depth, self._config.structure_buckets
         brands = strings(table, "brand").to_pylist()
         out = np.full((len(paths), depth + 1), -1, dtype=np.int32)
         for i, (path, brand) in enumerate(zip(paths, brands, strict=True)):
             if path:
                 if path not in self._structure:
-                    keys = ["\x1f".join(("category", *path[: d + 1])).encode() for d in range(min(depth, len(path)))]
+                    keys = [
+                        "\x1f".join(("category", *path[: d + 1])).encode()
+                        for d in range(min(depth, len(path)))
+                    ]
                     self._structure[path] = (hash_bytes(keys) % np.uint64(buckets)).astype(int).tolist()
                 codes = self._structure[path]
                 out[i, : len(codes)] = codes
             if brand and (name := brand.strip().lower()):
                 key = ("\x1fbrand", name)
                 if key not in self._structure:
-                    self._structure[key] = (hash_bytes(["\x1f".join(key).encode()]) % np.uint64(buckets)).tolist()
+                    self._structure[key] = (
+                        hash_bytes(["\x1f".join(key).encode()]) % np.uint64(buckets)
+                    ).tolist()
                 out[i, depth] = self._structure[key][0]
         return out
 
@@ -181,6 +200,7 @@ class ItemEncoder:
     def _read_picture(self, path: str) -> bytes:
         if "://" in path:
             raise BadImageError("is a URL")
+        fault = "lies outside catalog.image.roots"
         for root in self._roots:
             # Resolved before it is compared, so that neither `..` nor a link leads outside.
             real = os.path.realpath(os.path.join(root, path))
@@ -190,12 +210,17 @@ class ItemEncoder:
                 with open(real, "rb") as file:
                     return file.read()
             except OSError:
-                raise BadImageError("cannot be read") from None
-        raise BadImageError("lies outside catalog.image.roots")
+                fault = "cannot be read"  # a relative path may lie below a later root
+        raise BadImageError(fault)
 
 
 def _reject(reasons: NDArray[Any], where: NDArray[np.bool_], reason: str) -> None:
     reasons[where & (reasons == None)] = reason  # noqa: E711 - element-wise on an object array
+
+
+def _fixed(values: NDArray[np.int32]) -> pa.Array:
+    data = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.shape[1] * 4), len(values), [None, data])
 
 
 def as_binary(values: NDArray[np.float16], tokens: NDArray[np.uint8]) -> pa.Array:

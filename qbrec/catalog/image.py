@@ -1,16 +1,20 @@
-"""Built-in image encoder: colour histogram, gradient orientations and coarse layout of a picture, 240 numbers.
+"""Built-in image encoder: colour histogram, gradient orientations and coarse layout of a picture.
 
-Pixel statistics know nothing of objects, but pictures of the same kind of article look alike often enough to carry
-signal, and they need no download. A CLIP model by name is `named.py`.
+Pixel statistics know nothing of objects, but pictures of the same kind of article look alike often enough to
+carry signal, and they need no download. CLIP by name is in `named.py`.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIDE = 32  # pixels a side after scaling
 NUM_BINS, NUM_ANGLES, CELLS = 4, 8, 4
@@ -28,45 +32,41 @@ def decode(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         BadImageError: Pillow cannot read it, or it has more than `max_pixels` pixels.
     """
     picture = open_picture(data, max_pixels=max_pixels)
-    return np.asarray(picture.resize((SIDE, SIDE), _bilinear()), dtype=np.uint8)
+    from PIL.Image import Resampling
+
+    return np.asarray(picture.resize((SIDE, SIDE), Resampling.BILINEAR), dtype=np.uint8)
 
 
-def open_picture(data: bytes, *, max_pixels: int):  # type: ignore[no-untyped-def]  # PIL.Image.Image, imported lazily
+def open_picture(data: bytes, *, max_pixels: int) -> Image:
     """A decoded RGB `PIL.Image.Image`; the pixel count is checked before anything is unpacked.
 
     Raises:
         BadImageError: Pillow cannot read it, or it has more than `max_pixels` pixels.
     """
-    from PIL import Image
+    import PIL.Image as pil
 
     try:
         with warnings.catch_warnings():
             # Pillow's own limit is a warning at a size of its choice; ours is the configured one.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
+            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+            picture: Image = pil.open(io.BytesIO(data))
             if picture.width * picture.height > max_pixels:
-                raise BadImageError("image has more pixels than catalog.image.max_pixels")
+                raise BadImageError("has more pixels than catalog.image.max_pixels")
             picture.draft("RGB", (2 * SIDE, 2 * SIDE))
             return picture.convert("RGBA").convert("RGB") if picture.mode == "P" else picture.convert("RGB")
     except BadImageError:
         raise
-    except Image.DecompressionBombError:
-        raise BadImageError("image has more pixels than catalog.image.max_pixels") from None
+    except pil.DecompressionBombError:
+        raise BadImageError("has more pixels than catalog.image.max_pixels") from None
     except Exception:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, … for damaged files
-        raise BadImageError("image cannot be decoded") from None
-
-
-def _bilinear():  # type: ignore[no-untyped-def]
-    from PIL import Image
-
-    return Image.Resampling.BILINEAR
+        raise BadImageError("cannot be decoded") from None
 
 
 def pixel_statistics(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Features of pictures uint8 [n, SIDE, SIDE, 3]: float32 [n, DIM], of unit length.
 
-    Colour and orientation are square roots of shares (Hellinger), so that plain cosine compares histograms; the
-    three parts weigh the same.
+    Colour and orientation are square roots of shares (Hellinger), so that plain cosine compares histograms;
+    the three parts weigh the same.
     """
     n = len(pictures)
     if n == 0:
@@ -93,4 +93,6 @@ def pixel_statistics(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
     layout = pixels.reshape(n, CELLS, step, CELLS, step, 3).mean(axis=(2, 4)).reshape(n, -1) - 0.5
     layout = layout / np.maximum(np.linalg.norm(layout, axis=1, keepdims=True), 1e-6)
     parts = np.concatenate([colour, edges, layout], axis=1)
-    return np.asarray(parts / np.maximum(np.linalg.norm(parts, axis=1, keepdims=True), 1e-6), dtype=np.float32)
+    return np.asarray(
+        parts / np.maximum(np.linalg.norm(parts, axis=1, keepdims=True), 1e-6), dtype=np.float32
+    )

@@ -1,7 +1,7 @@
 """Hugging Face encoders by name: sentence-transformers for text, CLIP for text and pictures (extra `encode`).
 
-Weights are read from safetensors only and code from the hub is never run. Pin `revision` to a commit for a run that
-can be repeated.
+Weights are read from safetensors only and code from the hub is never run. Pin `revision` to a commit for a
+run that can be repeated.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class NamedTextEncoder:
                 lambda: transformers.AutoTokenizer.from_pretrained(name, **options), key, name, revision
             )
             self._model = _load(
-                lambda: transformers.CLIPTextModelWithProjection.from_pretrained(name, use_safetensors=True, **options),
+                lambda: transformers.CLIPTextModelWithProjection.from_pretrained(
+                    name, use_safetensors=True, **options
+                ),
                 key, name, revision,
             )  # fmt: skip
             self._model = self._model.eval().to(_device())
@@ -125,7 +127,9 @@ class NamedImageEncoder:
             lambda: transformers.AutoImageProcessor.from_pretrained(name, **options), key, name, revision
         )
         model = _load(
-            lambda: transformers.CLIPVisionModelWithProjection.from_pretrained(name, use_safetensors=True, **options),
+            lambda: transformers.CLIPVisionModelWithProjection.from_pretrained(
+                name, use_safetensors=True, **options
+            ),
             key, name, revision,
         )  # fmt: skip
         self._model = model.eval().to(_device())
@@ -143,7 +147,8 @@ class NamedImageEncoder:
 
 
 def _unit(vectors: Floats) -> Floats:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(length, 1e-12), dtype=np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -14,8 +14,11 @@ from qbrec.errors import DataError
 from qbrec.storage.artifact import ArtifactWriter
 
 ITEMS = pa.schema(
-    [("domain", pa.int32()), ("file", pa.int32()), ("row", pa.int64()), ("item_id", pa.string()), ("reason", pa.string())]
-)
+    [
+        ("domain", pa.int32()), ("file", pa.int32()), ("row", pa.int64()), ("item_id", pa.string()),
+        ("reason", pa.string()),
+    ]
+)  # fmt: skip
 INTERACTIONS = pa.schema(
     [
         ("domain", pa.int32()), ("file", pa.int32()), ("row", pa.int64()), ("user_id", pa.string()),
@@ -29,7 +32,7 @@ _REMEDIES = {
     "is not among the items": "add the item to the items, or remove its interactions",
     "belongs to a rejected item": "mend the item first: see rejected/items.parquet",
     "cannot be decoded": "replace the picture by a PNG or JPEG file, or by null",
-    "has more pixels than catalog.image.max_pixels": "scale the picture down, or raise catalog.image.max_pixels",
+    "has more pixels than catalog.image.max_pixels": "scale the picture down, or raise that limit",
     "has a wrong length": "give all vectors of the column the same length, or null",
     "holds NaN or a number beyond float16": "replace the vector by null or by finite numbers below 65504",
     "is a URL": "download the picture and name the local file: nothing is fetched from the network",
@@ -43,7 +46,7 @@ def pack(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue())
 
 
 def unpack(parts: list[bytes], schema: pa.Schema) -> pa.Table:
@@ -88,10 +91,11 @@ def settle(
             counts = Counter(bad["reason"].to_pylist()).most_common()
             listed = "; ".join(f"{count} × {reason}" for reason, count in counts)
             column, _, what = row["reason"].partition(": ")
+            value = f" {row[column]!r}" if row.get(column) else ""
             raise DataError(
-                f"{bad.num_rows} of {total} rows of {role} in domain {domain.name!r} are bad ({listed}): more than "
-                f"catalog.max_rejected_fraction = {max_fraction:g} allows",
-                where=f"{getattr(domain, role)[row['file']].path}, row {row['row']} (from 0), column {column}: {what}",
+                f"{bad.num_rows} of {total} rows of {role} in domain {domain.name!r} are bad ({listed}): "
+                f"more than catalog.max_rejected_fraction = {max_fraction:g} allows",
+                where=f"{paths[domain.number][row['file']]}, row {row['row']} (from 0), {column}{value}: {what}",
                 fix=f"{_REMEDIES[what]}; all of them are listed in {path}",
             )
     return dict(Counter(table["reason"].to_pylist()))

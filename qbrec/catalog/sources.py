@@ -37,14 +37,16 @@ def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), os.path.abspath(path)
     if scheme not in SCHEMES:
         raise ConfigError(
-            f"cannot read from {scheme}://", where=path, fix=f"use a local path or one of {', '.join(SCHEMES)}://"
+            f"cannot read from {scheme}://",
+            where=path,
+            fix=f"use a local path or one of {', '.join(SCHEMES)}://",
         )
     found: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(path)
     return found
 
 
 def list_files(place: str, *, where: str) -> list[SourceFile]:
-    """Parquet files of a file, folder (recursively) or glob (`*`, `?`, `[…]` within one path segment), sorted.
+    """Parquet files of a file, folder (recursively) or glob (`*`, `?`, `[…]` within a path segment), sorted.
 
     Args:
         place: What the configuration says.
@@ -67,7 +69,9 @@ def list_files(place: str, *, where: str) -> list[SourceFile]:
         else:
             infos = []
     except OSError as error:
-        raise DataError(f"cannot list the input: {error}", where=f"{where}: {place}", fix="check access") from error
+        raise DataError(
+            f"cannot list the input: {error}", where=f"{where}: {place}", fix="check access"
+        ) from error
 
     def wanted(info: pafs.FileInfo) -> bool:
         segments = info.path.split("/")
@@ -83,7 +87,9 @@ def list_files(place: str, *, where: str) -> list[SourceFile]:
     files = [SourceFile(scheme + i.path, i.size, i.mtime_ns or 0) for i in infos if wanted(i)]
     if not files:
         raise DataError(
-            "no Parquet file here", where=f"{where}: {place}", fix="name a .parquet file, a folder of them, or a glob"
+            "no Parquet file here",
+            where=f"{where}: {place}",
+            fix="name a .parquet file, a folder of them, or a glob",
         )
     return sorted(files, key=lambda file: file.path)
 
@@ -98,10 +104,14 @@ def open_parquet(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(fs.open_input_file(inner))
     except OSError as error:
-        raise DataError(f"cannot read the file: {error}", where=path, fix="check that it is there and whole") from error
+        raise DataError(
+            f"cannot read the file: {error}", where=path, fix="check that it is there and whole"
+        ) from error
     except ValueError as error:
         raise DataError(
-            f"not a readable Parquet file: {str(error).splitlines()[0]}", where=path, fix="write it again as Parquet"
+            f"not a readable Parquet file: {str(error).splitlines()[0]}",
+            where=path,
+            fix="write it again as Parquet",
         ) from error
 
 
@@ -114,7 +124,9 @@ def source_fingerprint(data: DataConfig) -> str:
     """
     if not data.domains:
         raise ConfigError(
-            "no domain is configured", where="data.domains", fix="name items and interactions of one domain at least"
+            "no domain is configured",
+            where="data.domains",
+            fix="name items and interactions of one domain at least",
         )
     lines = []
     for name, domain in sorted(data.domains.items()):

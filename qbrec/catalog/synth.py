@@ -13,8 +13,9 @@ How users walk, so that a model can be judged: from an item of (leaf, position) 
 - a *sibling*: same position in another leaf of the category, or
 - a *jump* to a popular item, mostly of the user's home department.
 
-Companion and series tend to alternate, so the last two items say more than the last one (item-to-item neighbours
-cannot see that); companions share wording, so content predicts them; low positions are popular. No user repeats an item.
+Companion and series tend to alternate, so the last two items say more than the last one (item-to-item
+neighbours cannot see that); companions share wording, so content predicts them; low positions are popular.
+No user repeats an item.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def generate(
     equal_timestamps: float = 0.02,
     chunk: int = 65_536,
 ) -> SyntheticSummary:
-    """Write items.parquet, interactions.parquet and truth.parquet; memory is that of one chunk, whatever the size.
+    """Write items.parquet, interactions.parquet and truth.parquet; memory is that of one chunk.
 
     Args:
         out_dir: Folder to write to; made where it is missing.
@@ -107,7 +108,7 @@ def generate(
     if num_items < 20 or num_users < 1 or mean_history < 3 or max_history < 3:
         raise ConfigError(
             "a synthetic catalogue needs 20 items, 1 user and histories of 3",
-            where=f"num_items={num_items}, num_users={num_users}, mean_history={mean_history}, max_history={max_history}",
+            where=f"{num_items} items, {num_users} users, histories of {mean_history} up to {max_history}",
             fix="ask for more",
         )
     folder = Path(out_dir)
@@ -115,9 +116,17 @@ def generate(
     paths = [folder / f"{name}.parquet" for name in ("items", "interactions", "truth")]
     tree = build_taxonomy(num_items, seed=seed, cold=cold)
     counts = _write_items(
-        tree, paths[0], paths[2], chunk=chunk, image_size=image_size if images else 0,
-        rates={"duplicates": duplicates, "missing_images": missing_images, "missing_descriptions": missing_descriptions},
-    )  # fmt: skip
+        tree,
+        paths[0],
+        paths[2],
+        chunk=chunk,
+        image_size=image_size if images else 0,
+        rates={
+            "duplicates": duplicates,
+            "missing_images": missing_images,
+            "missing_descriptions": missing_descriptions,
+        },
+    )
     written = 0
     with pq.ParquetWriter(paths[1], _INTERACTIONS) as writer:
         for number, begin in enumerate(range(0, num_users, chunk)):
@@ -126,7 +135,7 @@ def generate(
             table = _interactions(tree, users, rng, mean_history, max_history, equal_timestamps)
             writer.write_table(table)
             written += table.num_rows
-    return SyntheticSummary(*paths, num_items, num_users, written, *counts)
+    return SyntheticSummary(paths[0], paths[1], paths[2], num_items, num_users, written, *counts)
 
 
 def _write_items(
@@ -154,9 +163,11 @@ def _write_items(
             friend = tree.companion[truth.leaf]
             companion = tree.starts[friend] + truth.position % tree.active[friend]
             columns = [
-                table["item_id"], tree.department[truth.leaf], tree.category[truth.leaf], truth.leaf, truth.position,
-                truth.style, truth.cold, truth.has_image if image_size else np.zeros(len(index), dtype=bool),
-                pc.if_else(pa.array(copies), item_ids(truth.content), pa.scalar(None, pa.string())), item_ids(companion),
+                table["item_id"], tree.department[truth.leaf], tree.category[truth.leaf], truth.leaf,
+                truth.position, truth.style, truth.cold,
+                truth.has_image if image_size else np.zeros(len(index), dtype=bool),
+                pc.if_else(pa.array(copies), item_ids(truth.content), pa.scalar(None, pa.string())),
+                item_ids(companion),
             ]  # fmt: skip
             truth_writer.write_table(pa.table(columns, schema=_TRUTH))
             num_duplicates += int(copies.sum())
@@ -185,7 +196,9 @@ def _interactions(
     keep = np.zeros(n * steps, dtype=bool)
     keep[order[first]] = True
     keep &= (np.cumsum(keep.reshape(n, steps), axis=1) <= want[:, None]).ravel()
-    gap = np.where(rng.random((n, steps)) < equal_timestamps, 0, 1 + rng.exponential(_GAP, (n, steps)).astype(np.int64))
+    gap = np.where(
+        rng.random((n, steps)) < equal_timestamps, 0, 1 + rng.exponential(_GAP, (n, steps)).astype(np.int64)
+    )
     gap[:, 0] = rng.integers(0, _SPAN, n)
     stamp = (_EPOCH + np.cumsum(gap, axis=1)).ravel()[keep]
     # File order must not be the order of time: what reads it must sort.

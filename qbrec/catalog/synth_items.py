@@ -1,10 +1,13 @@
-"""Items of the synthetic catalogue: taxonomy, wording and pictures, every one a pure function of (seed, index)."""
+"""Items of the synthetic catalogue: taxonomy, wording and pictures, each a pure function of (seed, index)."""
+
+# ruff: noqa: SIM905 - long word lists are read more easily as text
 
 from __future__ import annotations
 
 import struct
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +33,14 @@ DEPARTMENTS: dict[str, tuple[str, ...]] = {
     "Science": ("Microscope", "Beaker", "Balance", "Thermometer", "Pipette", "Goggles"),
 }
 MODIFIERS = tuple(
-    "Acrylic Bamboo Ceramic Cordless Cotton Digital Dual Electric Ergonomic Felt Foldable Glass Heavy Insulated "
+    "Acrylic Bamboo Ceramic Cordless Cotton Digital Dual Electric Ergonomic Felt Foldable Glass Heavy "
+    "Insulated "
     "Junior Kids Leather Magnetic Marine Mini Modular Nylon Organic Outdoor Padded Portable Precision Quick "
     "Recycled Rubber Silent Silicone Solar Stainless Steel Studio Telescopic Titanium Travel Wooden".split()
 )
 STYLES = tuple(
-    "Aurora Basalt Cascade Dune Ember Fjord Glacier Harbor Indigo Juniper Kestrel Lagoon Meadow Nimbus Orchid "
+    "Aurora Basalt Cascade Dune Ember Fjord Glacier Harbor Indigo Juniper Kestrel Lagoon Meadow Nimbus "
+    "Orchid "
     "Prairie Quartz Raven Sierra Tundra Umber Velvet Willow Zephyr".split()
 )
 COLOURS = tuple(
@@ -46,13 +51,13 @@ QUALITIES = tuple(
     "durable lightweight affordable premium washable waterproof compact reliable elegant sturdy smooth quiet "
     "handmade certified adjustable refillable".split()
 )
-OCCASIONS = tuple(
-    "beginners professionals families students collectors travellers schools workshops".split()
-)
+OCCASIONS = tuple("beginners professionals families students collectors travellers schools workshops".split())
 SYLLABLES = tuple("nor vik tal mar ben zu ka lo ren sti fel do ari que pon hu".split())
 BRANDS_PER_DEPARTMENT = 24
 BRANDS = tuple(
-    (SYLLABLES[b % 16] + SYLLABLES[(b // 16 * 7 + b * 3) % 16] + SYLLABLES[(b * 5 + b // 16) % 16]).capitalize()
+    (
+        SYLLABLES[b % 16] + SYLLABLES[(b // 16 * 7 + b * 3) % 16] + SYLLABLES[(b * 5 + b // 16) % 16]
+    ).capitalize()
     for b in range(len(DEPARTMENTS) * BRANDS_PER_DEPARTMENT)
 )
 _DEPARTMENT_NAMES = tuple(DEPARTMENTS)
@@ -106,7 +111,7 @@ def build_taxonomy(num_items: int, *, seed: int, cold: float) -> Taxonomy:
         order = rng.permutation(num_leaves)
         order = order[np.argsort(group[order], kind="stable")]
         bounds = np.flatnonzero(np.diff(group[order], prepend=-1, append=-1))
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in pairwise(bounds):
             cycle = order[begin:end]
             target[cycle] = np.roll(cycle, -1)
     return Taxonomy(starts, active, category, modifier, companion, sibling, seed)
@@ -143,7 +148,9 @@ def item_truth(
     copy = (draw(index, 1) < rate) & ~(draw(index - 1, 1) < rate) & (own > 0)
     content = index - copy
     position = content - tree.starts[leaf]
-    brand_local = (draw(leaf, 2) * BRANDS_PER_DEPARTMENT).astype(np.int64) + (draw(content, 3) * 4).astype(np.int64)
+    brand_local = (draw(leaf, 2) * BRANDS_PER_DEPARTMENT).astype(np.int64) + (draw(content, 3) * 4).astype(
+        np.int64
+    )
     return ItemTruth(
         index=index,
         content=content,
@@ -180,12 +187,20 @@ def item_table(tree: Taxonomy, truth: ItemTruth) -> pa.Table:
     leaf_name = join(modifier, noun, " ")
     number = pc.cast(pa.array(truth.position // len(STYLES) + 1), pa.string())
     title = join(
-        brand, style, leaf_name, words(COLOURS, truth.colour), words(SIZES, draw(7, len(SIZES))), "No.", number, " "
+        brand,
+        style,
+        leaf_name,
+        words(COLOURS, truth.colour),
+        words(SIZES, draw(7, len(SIZES))),
+        "No.",
+        number,
+        " ",
     )
     friend = tree.companion[leaf]
     lower = pc.utf8_lower
     description = join(
-        "The", words(QUALITIES, draw(8, len(QUALITIES))), style, lower(noun), "in", lower(modifier), "finish, for",
+        "The", words(QUALITIES, draw(8, len(QUALITIES))), style, lower(noun), "in", lower(modifier),
+        "finish, for",
         words(OCCASIONS, draw(9, len(OCCASIONS))), "who love", lower(words(_DEPARTMENT_NAMES, category % 12)),
         "and want something", words(QUALITIES, draw(10, len(QUALITIES))), "- goes with the", style,
         lower(words(MODIFIERS, tree.modifier[friend])), lower(words(_NOUNS, tree.category[friend])), " ",
@@ -197,7 +212,9 @@ def item_table(tree: Taxonomy, truth: ItemTruth) -> pa.Table:
         {
             "item_id": item_ids(truth.index),
             "title": title,
-            "description": pc.if_else(pa.array(truth.has_description), description, pa.scalar(None, pa.string())),
+            "description": pc.if_else(
+                pa.array(truth.has_description), description, pa.scalar(None, pa.string())
+            ),
             "brand": brand,
             "categories": pa.ListArray.from_arrays(offsets, interleaved),
         }
@@ -210,7 +227,7 @@ def _hsv(hue: NDArray[np.float64], saturation: float, value: float) -> NDArray[n
 
 
 def render_images(tree: Taxonomy, truth: ItemTruth, *, size: int) -> NDArray[np.uint8]:
-    """Pictures [n, size, size, 3]: background by department, shape by category, stripes by leaf, paint by colour."""
+    """Pictures [n, size, size, 3]: ground by department, shape by category, stripes by leaf."""
     n = len(truth.leaf)
     category = tree.category[truth.leaf]
     jitter = [uniform(truth.content.astype(np.uint64), stream=tree.seed * 64 + s) - 0.5 for s in (11, 12, 13)]
@@ -224,7 +241,8 @@ def render_images(tree: Taxonomy, truth: ItemTruth, *, size: int) -> NDArray[np.
             np.maximum(np.abs(x), np.abs(y)) - radius * 0.85,  # square
             np.abs(x) + np.abs(y) - radius * 1.1,  # diamond
             np.abs(np.hypot(x, y) - radius) - 0.18,  # ring
-            np.minimum(np.maximum(np.abs(x) * 3, np.abs(y)), np.maximum(np.abs(x), np.abs(y) * 3)) - radius,  # cross
+            np.minimum(np.maximum(np.abs(x) * 3, np.abs(y)), np.maximum(np.abs(x), np.abs(y) * 3))
+            - radius,  # cross
             np.maximum(np.abs(x) * 2.2, np.abs(y)) - radius,  # bar
         )
     )[category // 12, np.arange(n)]

@@ -1,8 +1,9 @@
 """Built-in text encoder: hashed n-grams → TF-IDF → latent semantic projection, frozen in the artifact.
 
-No download and no vocabulary. Inverse document frequencies come from one counting pass over the whole catalogue; the
-projection of the frequent n-grams is a truncated SVD (latent semantic analysis) of a sample chosen by item hash; all
-other n-grams keep a fixed sparse random projection, so that wording nobody has seen before still tells items apart.
+No download and no vocabulary. Inverse document frequencies come from one counting pass over the whole
+catalogue; the projection of the frequent n-grams is a truncated SVD (latent semantic analysis) of a sample
+chosen by item hash; all other n-grams keep a fixed sparse random projection, so that wording nobody has seen
+before still tells items apart.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ SAMPLE_TEXTS = 16_384  # texts the projection is fitted on
 TAIL_WEIGHT = 0.3  # of n-grams without a learnt direction, beside a mean text's length of 1
 _SKETCH = 4  # dimensions one such n-gram touches
 _OVERSAMPLE = 16
-FIELDS = ("title", "description", "labels")  # feature tokens of an item, in this order; labels: categories and brand
+FIELDS = (
+    "title",
+    "description",
+    "labels",
+)  # feature tokens of an item, in this order; labels: categories and brand
 
 
 def document_frequencies(texts: pa.Array) -> NDArray[np.int64]:
@@ -44,7 +49,7 @@ class HashedNgramEncoder:
     """Texts to unit vectors.
 
     Attributes:
-        idf: Inverse document frequency of every bucket by field, float32 [3, NUM_BUCKETS]. Fields have their own,
+        idf: Inverse document frequency of every bucket by field, float32 [3, NUM_BUCKETS]. Each has its own,
             because a category's name would otherwise look too common to matter in a title.
         features: Buckets with a learnt direction, ascending, int64 [F].
         projection: Their directions, float16 [F, dim] (computed with in float32).
@@ -66,23 +71,25 @@ class HashedNgramEncoder:
         cls,
         frequencies: NDArray[np.int64],
         num_texts: NDArray[np.int64],
-        sample: Mapping[str, pa.Array],
+        sample: pa.Array,
         *,
+        field: str,
         dim: int,
         seed: int,
     ) -> HashedNgramEncoder:
         """Freeze the encoder of a catalogue.
 
         Args:
-            frequencies: Texts of each field that hold each bucket, over the whole catalogue, int64 [3, NUM_BUCKETS].
+            frequencies: Texts of each field that hold each bucket, over the whole catalogue,
+                int64 [3, NUM_BUCKETS].
             num_texts: Non-empty texts of each field in the catalogue, int64 [3].
-            sample: By field, distinct normalised texts to learn directions from.
+            sample: Distinct normalised texts to learn directions from.
+            field: The field they come from.
             dim: Width of the vectors.
             seed: Of the range finder (Halko et al. 2011).
         """
         idf = (np.log((1 + num_texts[:, None]) / (1 + frequencies)) + 1).astype(np.float32)
-        parts = [_tfidf(sample[name], idf[FIELDS.index(name)]) for name in FIELDS if len(sample.get(name, ()))]
-        weighted = sparse.vstack(parts, format="csr") if parts else sparse.csr_matrix((0, NUM_BUCKETS), dtype=np.float32)
+        weighted = _tfidf(sample, idf[FIELDS.index(field)])
         seen = np.bincount(weighted.indices, minlength=NUM_BUCKETS)
         features = np.argsort(-seen, kind="stable")[:MAX_FEATURES]
         features = np.sort(features[seen[features] >= 2]).astype(np.int64)
@@ -97,7 +104,7 @@ class HashedNgramEncoder:
         return cls(idf, features, projection, scale)
 
     def encode(self, texts: pa.Array, *, field: str) -> Floats:
-        """Unit vectors of n normalised texts of one field, float32 [n, dim]; an empty text is the zero vector."""
+        """Unit vectors of n normalised texts of one field, float32 [n, dim]; zeros for an empty text."""
         weighted = _tfidf(texts, self.idf[FIELDS.index(field)])
         learnt = np.zeros(NUM_BUCKETS, dtype=bool)
         learnt[self.features] = True
@@ -128,7 +135,7 @@ class HashedNgramEncoder:
 
 
 def _tfidf(texts: pa.Array, idf: Floats) -> sparse.csr_matrix:
-    """Sublinear TF-IDF; words and characters are brought to their share of the length before they are added."""
+    """Sublinear TF-IDF; words and characters are brought to their share of the length, then added."""
     parts = []
     for counts, share in zip(ngram_counts(texts), (WORD_SHARE, np.sqrt(1 - WORD_SHARE**2)), strict=True):
         counts.data = (1 + np.log(counts.data)) * idf[counts.indices]
@@ -141,11 +148,11 @@ def _tfidf(texts: pa.Array, idf: Floats) -> sparse.csr_matrix:
 
 
 def _right_singular_vectors(matrix: sparse.csr_matrix, rank: int, seed: int) -> Floats:
-    """Randomised SVD (Halko, Martinsson, Tropp 2011) of a sparse [n, F]: its first right vectors [F, rank]."""
+    """Randomised SVD (Halko, Martinsson, Tropp 2011) of a sparse [n, F]: first right vectors [F, rank]."""
     rng = np.random.default_rng(seed)
     width = min(rank + _OVERSAMPLE, *matrix.shape)
     basis = rng.standard_normal((matrix.shape[1], width)).astype(np.float32)
-    # One pass and no power iterations: measured, sharper singular vectors gave worse neighbours, and cost more.
+    # One pass, no power iterations: measured, sharper singular vectors gave worse neighbours and cost more.
     basis, _ = np.linalg.qr(matrix @ basis)
     basis, _ = np.linalg.qr(matrix.T @ basis)
     projected = matrix @ basis
@@ -160,7 +167,8 @@ def _right_singular_vectors(matrix: sparse.csr_matrix, rank: int, seed: int) -> 
 def _sketch(weighted: sparse.csr_matrix, dim: int) -> Floats:
     """Sparse random projection of every bucket: four dimensions with a sign, from the hash of the bucket."""
     columns, inverse = np.unique(weighted.indices, return_inverse=True)
-    draws = mix64(columns.astype(np.uint64)[:, None] * np.uint64(_SKETCH) + np.arange(_SKETCH, dtype=np.uint64))
+    counter = columns.astype(np.uint64)[:, None] * np.uint64(_SKETCH)
+    draws = mix64(np.asarray(counter + np.arange(_SKETCH, dtype=np.uint64), dtype=np.uint64))
     places = ((draws >> np.uint64(32)) % np.uint64(dim)).astype(np.int32)
     signs = np.where(draws & np.uint64(1), np.float32(0.5), np.float32(-0.5))
     table = sparse.csr_matrix(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,9 +23,9 @@ INTERACTION_UNIT_ROWS = 1 << 20
 
 
 def cut_units(domains: list[Domain], *, role: str, unit_rows: int) -> list[dict[str, Any]]:
-    """Cut the files of one role (`items`, `interactions`) of all domains into units of about `unit_rows` rows.
+    """Cut the files of one role (`items`, `interactions`) of all domains into units of `unit_rows` at most.
 
-    The cut depends on the files alone, so whatever is computed batch by batch is the same for any number of workers.
+    The cut depends on the files alone, so what is computed by batch is the same for any number of workers.
     """
     units = []
     for domain in domains:
@@ -66,7 +67,10 @@ def read_unit(unit: dict[str, Any], columns: list[str], *, batch_rows: int) -> I
         for batch in batches:
             begin, end = max(unit["begin"] - position, 0), min(unit["end"] - position, batch.num_rows)
             if begin < end:
-                yield unit["first_row"] + position + begin, pa.Table.from_batches([batch.slice(begin, end - begin)])
+                yield (
+                    unit["first_row"] + position + begin,
+                    pa.Table.from_batches([batch.slice(begin, end - begin)]),
+                )
             position += batch.num_rows
             if position >= unit["end"]:
                 return
@@ -78,8 +82,14 @@ def read_unit(unit: dict[str, Any], columns: list[str], *, batch_rows: int) -> I
         ) from error
 
 
+def write_part(table: pa.Table, path: Path) -> None:
+    """Write a task's part of an Arrow file that the driver joins later."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+        out.write_table(table, max_chunksize=65_536)
+
+
 def keep(dataset: Dataset, progress: Progress) -> Dataset:
-    """Execute a dataset into the object store (which spills to disk), counting one unit per finished block."""
+    """Execute a dataset into the object store (which spills to disk), counting its blocks."""
     import ray.data
 
     refs = []
@@ -124,8 +134,9 @@ def ray_data() -> Iterator[None]:
         cause = _cause(error)
         if cause is not None:
             raise _rebuilt(cause) from None
+        inner = getattr(error, "cause", None) or error
         raise LaunchError(
-            f"a Ray task of the catalogue failed: {str(error).strip().splitlines()[-1]}",
+            f"a Ray task of the catalogue failed: {type(inner).__name__}: {(str(inner).splitlines() or [''])[0]}",
             where="catalog",
             fix="look for memory or disk running out on the workers; the run resumes where it stopped",
         ) from error

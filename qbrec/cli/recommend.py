@@ -11,7 +11,7 @@ from qbrec.cli.options import config_options
 
 @click.command()
 @config_options
-@click.option("--history", "-H", multiple=True, required=True, metavar="ITEM", help="Item id, oldest first. Repeat it.")
+@click.option("--history", "-H", multiple=True, metavar="ITEM", help="Item id, oldest first. Repeat it.")
 @click.argument("more", nargs=-1, metavar="[ITEM]...")
 @click.option("--k", type=int, default=10, show_default=True, help="How many items.")
 @click.option("--keep-seen", is_flag=True, help="Rank items of the history too.")
@@ -36,7 +36,7 @@ def recommend(
     from qbrec.registry.recommend import Recommender
 
     config = load_config(config_path, overrides=overrides)
-    recommender = Recommender.from_artifacts(finished_artifacts(config), config=config)
+    recommender = Recommender.from_artifacts(finished_artifacts(config), ranking=config.ranking)
     (items,) = recommender.recommend([[*history, *more]], k=k, keep_seen=keep_seen)
     if as_json:
         click.echo(json.dumps(items, indent=1))

@@ -25,4 +25,4 @@ def synth(out: str, items: int, users: int, seed: int, images: bool) -> None:
     from qbrec.catalog.synth import generate
 
     summary = generate(out, num_items=items, num_users=users, seed=seed, images=images)
-    click.echo(summary)
+    click.echo(f"{summary.num_items:,} items, {summary.num_users:,} users, {summary.num_interactions:,} interactions in {out}")

@@ -31,17 +31,21 @@ class TrainConfig(Section):
 class FusionConfig(Section):
     """Stage 1: dynamic cross-modal semantic injection."""
 
-    width: Positive = 256
-    depth: Positive = 4
+    width: Positive = 128
+    depth: Positive = 3
     heads: Positive = 4
     alignment_temperature: float = Field(default=0.07, gt=0)
-    loss_temperature: float = Field(default=0.07, gt=0)
+    loss_temperature: float = Field(default=0.2, gt=0)
     group: Positive = 256  # consecutive samples that are each other's negatives
     id_embedding: Literal["auto", "table", "shared"] = "auto"
     id_dropout: Fraction = 0.3
     modality_dropout: Fraction = 0.1
-    dropout: Fraction = 0.0
-    train: TrainConfig = TrainConfig(epochs=30, batch_size=512, micro_batch=256)
+    behaviour_dim: Count = 64  # of the co-occurrence view of the training part; 0: no such view
+    behaviour_window: Positive = 5  # positions in a history within which two items are together
+    behaviour_weight: float = Field(default=3.0, ge=0)  # of fused-behaviour in the loss, against 1 per other modality
+    behaviour_interactions: Positive = 50_000_000  # above this many a sample of the users is counted
+    cross_weight: float = Field(default=0.25, ge=0)  # of two modalities with each other in the loss
+    train: TrainConfig = TrainConfig(epochs=10, batch_size=512, micro_batch=256)
 
     @model_validator(mode="after")
     def _consistent(self) -> FusionConfig:

@@ -32,7 +32,7 @@ class Progress:
     ) -> None:
         self.total, self.label, self.done = max(total, 1), label, done
         self._first, self._start, self._drawn = done, time.monotonic(), 0.0
-        self._silent, self._file, self._info = silent, file, ""
+        self._silent, self._file, self._info, self._shown = silent, file, "", ""
         self._lock = threading.Lock()
 
     def update(self, n: int = 1, **info: float | int | str) -> None:
@@ -70,8 +70,10 @@ class Progress:
                 write_atomic(self._file, json.dumps(state).encode())
             return
         if final or now - self._drawn > (_TERMINAL_PERIOD_S if sys.stderr.isatty() else _LOG_PERIOD_S):
-            self._drawn = now
-            draw_line(self.line(), final=final)
+            line = self.line()
+            if line != self._shown or sys.stderr.isatty():
+                draw_line(line, final=final)
+            self._drawn, self._shown = now, line
 
 
 def draw_line(line: str, *, final: bool, stream: TextIO | None = None) -> None:

@@ -13,8 +13,8 @@ def ensure_ray(compute: ComputeConfig) -> bool:
     """Make sure this process is connected to Ray.
 
     Args:
-        compute: `ray_address` names the cluster; without it the environment variable RAY_ADDRESS does; without
-            either a local one is started on the cores of this process.
+        compute: `ray_address` names the cluster; without it the environment variable RAY_ADDRESS does;
+            without either a local one is started on the cores of this process.
 
     Returns:
         Whether a local cluster was started here (the caller may shut it down).

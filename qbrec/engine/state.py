@@ -19,8 +19,10 @@ def read_weights(engine: Any) -> dict[str, torch.Tensor]:
         full = safe_get_full_fp32_param(parameter)
         # Stage 0 in float32 has no master copy: the parameter itself is the full weight.
         weights[name] = (parameter.data if full is None else full).detach().float().cpu().clone()
+    kept = engine.module.state_dict().keys()  # a buffer may be declared not to be part of the state
     for name, buffer in engine.module.named_buffers():
-        weights[name] = buffer.detach().cpu().clone()
+        if name in kept:
+            weights[name] = buffer.detach().cpu().clone()
     return weights
 
 
@@ -69,7 +71,8 @@ def write_state(
         else:
             safe_set_full_fp32_param(parameter, weights[name].to(engine.device))
     for name, buffer in engine.module.named_buffers():
-        buffer.copy_(weights[name].to(buffer.device))
+        if name in weights:
+            buffer.copy_(weights[name].to(buffer.device))
     _idle_step(engine, loss)
     for name, parameter in _parameters(engine):
         for moment in MOMENTS:

@@ -34,8 +34,8 @@ class Dropout:
     Attributes:
         identity: Probability that an item takes the shared query instead of its own ID row.
         modality: Probability that a modality of an item is hidden (never all of them).
-        seed: Of the counter-based random stream: the same item in the same epoch draws the same, on any rank and
-            after any resume.
+        seed: Of the counter-based random stream: the same item in the same epoch draws the same, on any rank
+            and after any resume.
     """
 
     identity: float
@@ -78,7 +78,8 @@ class Collator:
                 assert isinstance(stored, np.ndarray)
                 buckets = stored.astype(np.int64)
                 present.append((buckets >= 0).any(1))
-                content.append(content_numbers(Ragged.from_lengths(buckets + 1, np.ones(len(rows), np.int64))))
+                one_each = np.ones(len(rows), np.int64)
+                content.append(content_numbers(Ragged.from_lengths(buckets + 1, one_each)))
                 continue
             ragged = self._behaviour(rows, spec) if spec.name == BEHAVIOUR else fields[f"feature.{spec.name}"]
             assert isinstance(ragged, Ragged)
@@ -134,9 +135,13 @@ def _pad(ragged: Ragged, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _drop(
-    query: NDArray[np.int64], exists: NDArray[np.bool_], samples: NDArray[np.int64], epoch: int, dropout: Dropout
+    query: NDArray[np.int64],
+    exists: NDArray[np.bool_],
+    samples: NDArray[np.int64],
+    epoch: int,
+    dropout: Dropout,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    counter = combine64(samples.astype(np.uint64), np.uint64([epoch]))
+    counter = combine64(samples.astype(np.uint64), np.array([epoch], np.uint64))
     shared = uniform(counter, stream=dropout.seed) < dropout.identity
     draws = [uniform(counter, stream=dropout.seed + 1 + i) for i in range(exists.shape[1])]
     visible = exists & (np.stack(draws, axis=1) >= dropout.modality)
@@ -146,7 +151,10 @@ def _drop(
 
 
 def as_fields(
-    features: Mapping[str, Ragged], structure: NDArray[np.int32] | None, modalities: Sequence[ModalitySpec], size: int
+    features: Mapping[str, Ragged],
+    structure: NDArray[np.int32] | None,
+    modalities: Sequence[ModalitySpec],
+    size: int,
 ) -> Fields:
     """Fields of items that are in no block (appended ones); a modality that is not given is absent."""
     fields: Fields = {"row": np.full(size, -1, np.int64)}

@@ -7,13 +7,40 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import NDArray
 
+from qbrec.storage.block_reader import BlockSet
+from qbrec.storage.hashing import uniform
 from qbrec.storage.ragged import Ragged
 
 _CHUNK = 4_000_000  # interactions turned into pairs at once: bounds the memory of the pair lists
 _SMOOTHING = 0.75  # context counts to this power (word2vec, GloVe): keeps rare contexts from dominating
 _OVERSAMPLE = 16
 _POWER_ITERATIONS = 3
+
+
+def training_histories(histories: BlockSet, *, max_interactions: int, seed: int) -> Ragged:
+    """What users did before their validation item: `row[:cut[0]]`, oldest first.
+
+    Args:
+        histories: The catalogue's blocks.
+        max_interactions: Above this many (in expectation) a sample of the users is taken, with their whole
+            histories.
+        seed: Of that sample.
+
+    Returns:
+        Item rows int64, one row of the result per sampled user.
+    """
+    total = int(histories.column("cut")[:, 0].sum(dtype=np.int64))
+    values, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for block in range(histories.num_blocks):
+        fields = histories.read(block, ["user", "offset", "row", "cut"])
+        part = Ragged(fields["row"], fields["offset"].astype(np.int64)).prefix(fields["cut"][:, 0])
+        kept = uniform(fields["user"].astype(np.uint64), stream=seed) * total < max_interactions
+        part = part.take(np.flatnonzero(kept))
+        values.append(part.values)
+        lengths.append(part.lengths)
+    return Ragged.from_lengths(np.concatenate(values), np.concatenate(lengths))
 
 
 def cooccurrence(histories: Ragged, *, num_items: int, window: int) -> sp.csr_matrix:
@@ -58,8 +85,10 @@ def positive_pmi(counts: sp.csr_matrix) -> sp.csr_matrix:
     return ppmi
 
 
-def behaviour_vectors(histories: Ragged, *, num_items: int, dim: int, window: int, seed: int) -> np.ndarray:
-    """Behaviour features of all items: randomised SVD (Halko et al. 2011) of their PPMI, U √Σ, unit root mean square.
+def behaviour_vectors(
+    histories: Ragged, *, num_items: int, dim: int, window: int, seed: int
+) -> NDArray[np.float32]:
+    """Behaviour features of all items: randomised SVD (Halko et al. 2011) of their PPMI, U √Σ of unit RMS.
 
     Args:
         histories: Item rows of the training part (`hist[:cut[0]]`), oldest first.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from qbrec.errors import DataError
 from qbrec.fusion.batches import Collator, as_fields
 from qbrec.fusion.model import BEHAVIOUR, FusionBatch, FusionModel, ModalitySpec
 from qbrec.storage.artifact import Artifact
-from qbrec.storage.block_reader import Fields
 from qbrec.storage.ragged import Ragged
 
 CHUNK = 2048  # items per forward: a block of the fused tars
@@ -32,23 +31,32 @@ class FusionEncoder:
         self._collate = Collator(model.modalities, behaviour=None, own_rows=False, dropout=None)
 
     @classmethod
-    def load(cls, artifact: Artifact, *, device: torch.device | str = "cpu") -> FusionEncoder:
-        """The network of a fusion artifact, without the ID rows of the items it was trained on.
+    def load(
+        cls, artifact: Artifact, *, own_rows: bool = False, device: torch.device | str = "cpu"
+    ) -> FusionEncoder:
+        """The network of a fusion artifact.
+
+        Args:
+            artifact: Of kind `fusion`.
+            own_rows: Read the ID rows of the items it was trained on as well: needed only to fuse those again.
+            device: Where it runs.
 
         Raises:
             DataError: A file of the artifact is missing or damaged.
         """
         meta = artifact.meta
+        table = own_rows and meta["id_embedding"] == "table"
+        rows = artifact.load_safetensors("id_rows.safetensors") if table else {}
         model = FusionModel(
             [ModalitySpec(m["name"], m["kind"], m["dim"]) for m in meta["modalities"]],
             width=meta["width"],
             depth=meta["depth"],
             heads=meta["heads"],
             alignment_temperature=meta["alignment_temperature"],
-            num_rows=0,
+            num_rows=meta["num_items"] if rows else 0,
             statistics=artifact.load_safetensors("statistics.safetensors"),
         )
-        model.load_state_dict(artifact.load_safetensors("model.safetensors"))
+        model.load_state_dict({**artifact.load_safetensors("model.safetensors"), **rows})
         return cls(model, device=device)
 
     def embed(
@@ -57,8 +65,8 @@ class FusionEncoder:
         """Fuse items the network has never seen (cold start, append): shared query, no behaviour.
 
         Args:
-            features: Per modality float16 tokens, Ragged of length B with values [Σ, d]; an item without tokens, or
-                a modality that is not given, counts as missing.
+            features: Per modality float16 tokens, Ragged of length B with values [Σ, d]; an item without
+                tokens, or a modality that is not given, counts as missing.
             size: B.
             structure: Hashed buckets int32 [B, S], -1 for none; None: no item has a structure.
 
@@ -75,7 +83,7 @@ class FusionEncoder:
             part = {name: ragged.slice(begin, end) for name, ragged in features.items()}
             buckets = None if structure is None else structure[begin:end]
             fields = as_fields(part, buckets, self.model.modalities, end - begin)
-            vectors, depth = self.embed_batch(self._collate(fields, fields_rows(fields), 0))
+            vectors, depth = self.embed_batch(self._collate(fields, np.arange(end - begin), 0))
             fused.append(vectors)
             depths.append(depth)
         if not fused:
@@ -83,7 +91,7 @@ class FusionEncoder:
         return np.concatenate(fused), np.concatenate(depths)
 
     def embed_batch(self, batch: FusionBatch) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
-        """fused float16 [B, D] and depth uint8 [B] of a collated batch."""
+        """Fused float16 [B, D] and depth uint8 [B] of a collated batch."""
         fused, depth, _ = self.model.embed(batch.to(self.device))
         return fused.half().cpu().numpy(), depth.cpu().numpy()
 
@@ -98,39 +106,35 @@ class FusionEncoder:
                 )
             if ragged.values.ndim != 2 or ragged.values.shape[1] != known[name]:
                 raise DataError(
-                    f"{name} features have shape {list(ragged.values.shape)} instead of [tokens, {known[name]}]",
+                    f"{name} features have shape {list(ragged.values.shape)}, not [tokens, {known[name]}]",
                     where="features of the items to embed",
                     fix="encode them with the encoder of the catalogue the network was trained on",
                 )
             assert len(ragged) == size
 
 
-def fields_rows(fields: Fields) -> NDArray[np.int64]:
-    """The `row` field."""
-    rows = fields["row"]
-    assert isinstance(rows, np.ndarray)
-    return rows
-
-
 @torch.no_grad()
-def retrieval(fused: Tensor, views: Tensor, batch: FusionBatch) -> dict[str, float]:
-    """Alignment accuracy: how often the view nearest to an item's fused vector is its own (or of equal content).
+def retrieval(
+    fused: Tensor, views: Tensor, batch: FusionBatch, modalities: Sequence[ModalitySpec]
+) -> dict[str, float]:
+    """Alignment accuracy: how often the view nearest to an item's fused vector is its own (or equal content).
 
     Args:
         fused: [B, D].
         views: [M, B, D].
         batch: Where presence and content numbers come from.
+        modalities: The model's.
 
     Returns:
-        Share of hits among the B items per modality index as text; modalities that nobody has are left out.
+        `retrieval/<modality>`: share of hits among the items that have it, for the modalities that any has.
     """
     found: dict[str, float] = {}
     unit = torch.nn.functional.normalize(fused.float(), dim=-1)
-    for index, view in enumerate(views):
+    for index, (spec, view) in enumerate(zip(modalities, views, strict=True)):
         have = batch.present[:, index]
         if not have.any():
             continue
         cosine = unit[have] @ torch.nn.functional.normalize(view[have].float(), dim=-1).T
         content = batch.content[have, index]
-        found[str(index)] = float((content[cosine.argmax(1)] == content).float().mean())
+        found[f"retrieval/{spec.name}"] = float((content[cosine.argmax(1)] == content).float().mean())
     return found

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qbrec.fusion.model import ModalitySpec
+from qbrec.fusion.model import BEHAVIOUR, ModalitySpec
 
 FUSED = -1  # index of the fused vector in a pair of views
 
@@ -16,14 +16,34 @@ Pair = tuple[int, int]
 
 
 def view_pairs(modalities: Sequence[ModalitySpec]) -> tuple[Pair, ...]:
-    """The pairs of views that are contrasted: fused with every modality, and dense modalities with each other.
+    """The pairs of views that are contrasted: fused with every modality, dense modalities with each other.
 
-    A pair holds indices of modalities, or `FUSED`. Structure takes no part in pairs without `FUSED`: its table is
-    learnt, and a table row that only has to please the text view memorises it.
+    A pair holds indices of modalities, or `FUSED`. Structure takes no part in pairs without `FUSED`: its
+    table is learnt, and a table row that only has to please the text view memorises it.
     """
     dense = [i for i, spec in enumerate(modalities) if spec.kind == "dense"]
     fused = [(FUSED, i) for i in range(len(modalities))]
     return (*fused, *((a, b) for n, a in enumerate(dense) for b in dense[n + 1 :]))
+
+
+def pair_weights(
+    modalities: Sequence[ModalitySpec], pairs: Sequence[Pair], *, behaviour: float, cross: float
+) -> tuple[float, ...]:
+    """Weight of each pair in the loss.
+
+    Args:
+        modalities: The model's.
+        pairs: Of `view_pairs`.
+        behaviour: Of fused↔behaviour, against 1 for fused↔text, fused↔image and so on.
+        cross: Of two modalities with each other.
+    """
+    weights = []
+    for left, right in pairs:
+        if left != FUSED:
+            weights.append(cross)
+        else:
+            weights.append(behaviour if modalities[right].name == BEHAVIOUR else 1.0)
+    return tuple(weights)
 
 
 def count_anchors(present: Tensor, *, pairs: Sequence[Pair], weights: Sequence[float]) -> Tensor:
@@ -52,15 +72,15 @@ def multi_view_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum over anchors of the symmetric InfoNCE of all pairs of views inside one group.
 
-    A group is never split over ranks or micro-batches, so the sum (and its gradient) over the groups of a batch does
-    not depend on world size.
+    A group is never split over ranks or micro-batches, so the sum (and its gradient) over the groups of a
+    batch does not depend on world size.
 
     Args:
         fused: [B, D].
         views: [M, B, D].
         present: bool [B, M].
-        content: int64 [B, M]; two items with the same number have the same content in that view and are not each
-            other's negatives in any pair with that view.
+        content: int64 [B, M]; two items with the same number have the same content in that view and are not
+            each other's negatives in any pair with that view.
         pairs: Of `view_pairs`.
         weights: Weight of each pair.
         temperature: τ of the loss.

@@ -19,6 +19,7 @@ STRUCTURE = "structure"
 BEHAVIOUR = "behaviour"
 _BAG_WIDTH = 32  # of the structure table: random rows this wide already tell category paths apart
 _QUERY_STD = 0.02  # paper's initialisation of the ID vectors
+_CONSTANT = 1e-6  # a feature that hardly varies stays as it is: a new item that has it must not explode
 _GATE_BIAS = 2.0  # a fresh gate reads on (0.88), so that deep blocks see gradient before they are judged
 
 
@@ -28,7 +29,7 @@ class ModalitySpec:
 
     Attributes:
         name: Name of the modality.
-        kind: `dense` (a few feature tokens of `dim` numbers) or `bag` (hashed buckets, meaned from a small table).
+        kind: `dense` (a few feature tokens of `dim` numbers) or `bag` (mean of hashed rows of a small table).
         dim: Width of a feature token, or number of buckets.
     """
 
@@ -92,7 +93,7 @@ def align(query: Tensor, tokens: Tensor, mask: Tensor, *, temperature: float) ->
 
 
 class CrossBlock(nn.Module):
-    """One reading step: pre-norm cross-attention of the state over the modality tokens, then a feed-forward."""
+    """One reading step: pre-norm cross-attention of the state over the modality tokens, then feed-forward."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -107,12 +108,14 @@ class CrossBlock(nn.Module):
         """The change Δ [B, D] that state [B, D] takes from tokens [B, M, D] where visible (bool [B, M])."""
         size, width = state.shape
         query = self.query(self.norm_state(state)).view(size, self.heads, 1, -1)
-        key, value = self.key_value(self.norm_tokens(tokens)).view(size, -1, 2, self.heads, width // self.heads).unbind(2)
+        both = self.key_value(self.norm_tokens(tokens)).view(size, -1, 2, self.heads, width // self.heads)
+        key, value = both.unbind(2)
         read = F.scaled_dot_product_attention(
             query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible[:, None, None, :]
         )
         change: Tensor = self.out(read.reshape(size, width))
-        return change + self.feed(self.norm_hidden(state + change))
+        fed: Tensor = self.feed(self.norm_hidden(state + change))
+        return change + fed
 
 
 class FusionModel(nn.Module):
@@ -147,27 +150,23 @@ class FusionModel(nn.Module):
         self.id_rows = nn.Embedding(num_rows, width) if num_rows else None
         if self.id_rows is not None:
             nn.init.normal_(self.id_rows.weight, std=_QUERY_STD)
-        self.project = nn.ModuleDict()
-        for spec in self.modalities:
-            inner = _BAG_WIDTH if spec.kind == "bag" else spec.dim
-            self.project[spec.name] = nn.Linear(inner, width, bias=False)
+        # By number, not by name: names come from the user's columns and need not be Python attributes.
+        self.project = nn.ModuleList()
+        for index, spec in enumerate(self.modalities):
+            self.project.append(nn.Linear(_BAG_WIDTH if spec.kind == "bag" else spec.dim, width, bias=False))
             if spec.kind == "bag":
                 self.buckets = nn.Embedding(spec.dim, _BAG_WIDTH)
             else:
-                self.register_buffer(f"mean_{spec.name}", statistics[f"mean.{spec.name}"].float(), persistent=False)
-                self.register_buffer(f"std_{spec.name}", statistics[f"std.{spec.name}"].float(), persistent=False)
+                mean, std = (statistics[f"{part}.{spec.name}"].float() for part in ("mean", "std"))
+                std = torch.where(std > _CONSTANT, std, torch.ones_like(std))
+                self.register_buffer(f"mean_{index}", mean)
+                self.register_buffer(f"std_{index}", std)
         # One embedding per modality tells the blocks which token is which; the last one is the null token
         # that is always visible, so an item without any content still has something to read.
         self.kinds = nn.Embedding(len(self.modalities) + 1, width)
         nn.init.normal_(self.kinds.weight, std=_QUERY_STD)
         self.blocks = nn.ModuleList(CrossBlock(width, heads) for _ in range(depth))
-        self.gates = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 4), nn.GELU(), nn.Linear(width // 4, 1))
-            for _ in range(depth - 1)
-        )
-        for gate in self.gates:
-            assert isinstance(gate, nn.Sequential)
-            nn.init.constant_(gate[-1].bias, _GATE_BIAS)
+        self.gates = nn.ModuleList(_gate(width) for _ in range(depth - 1))
 
     def forward(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass with the soft gate: h ← h + (Π_{k<l} g^(k)) · Δ^(l).
@@ -223,14 +222,14 @@ class FusionModel(nn.Module):
         tokens, views = [], []
         for index, spec in enumerate(self.modalities):
             if spec.kind == "bag":
-                aligned = view = self.project[spec.name](self._bag(batch.buckets))
+                aligned = view = self.project[index](self._bag(batch.buckets))
             else:
                 mask = batch.tokens[spec.name]
-                mean, std = getattr(self, f"mean_{spec.name}"), getattr(self, f"std_{spec.name}")
+                mean, std = getattr(self, f"mean_{index}"), getattr(self, f"std_{index}")
                 standard = (batch.features[spec.name].to(mean.dtype) - mean) / std
-                projected = self.project[spec.name]((standard * mask[..., None]).to(query.dtype))
+                projected = self.project[index]((standard * mask[..., None]).to(query.dtype))
                 aligned = align(query, projected, mask, temperature=self.temperature)
-                # The view must not depend on the query: else it could carry the item's identity into the loss.
+                # The view must not depend on the query, or it could carry the item's identity into the loss.
                 view = projected.sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(projected.dtype)
             tokens.append(aligned + kinds[index])
             views.append(view * batch.present[:, index, None])
@@ -241,10 +240,16 @@ class FusionModel(nn.Module):
 
     def _bag(self, buckets: Tensor) -> Tensor:
         used = (buckets >= 0)[..., None]
-        embedded = self.buckets(buckets.clamp(min=0)) * used
+        embedded: Tensor = self.buckets(buckets.clamp(min=0)) * used
         return embedded.sum(1) / used.sum(1).clamp(min=1).to(embedded.dtype)
 
 
+def _gate(width: int) -> nn.Sequential:
+    last = nn.Linear(width // 4, 1)
+    nn.init.constant_(last.bias, _GATE_BIAS)
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width // 4), nn.GELU(), last)
+
+
 def unit_rms(state: Tensor) -> Tensor:
-    """Rows scaled to length √D: the loss compares angles, and the quantizer's distances then agree with it."""
+    """Rows scaled to length √D: the loss compares angles, and the quantizer's distances agree with them."""
     return F.normalize(state, dim=-1) * math.sqrt(state.shape[-1])

@@ -28,8 +28,8 @@ from qbrec.quantizer.chunks import (
 from qbrec.quantizer.seeding import plus_plus
 
 SAMPLE_PER_CODE = 256  # rows per centroid on which Lloyd starts
-SEED_ROWS_PER_CODE = 32  # rows per centroid that seeding sees
-MAX_SEED_ROWS = 262_144
+SEED_ROWS_PER_CODE = 64  # rows per centroid that seeding sees, within the limits below
+MIN_SEED_ROWS, MAX_SEED_ROWS = 16_384, 262_144
 SPARE = 256  # candidates beyond the clusters to be re-seeded: equal rows are chosen once
 EXTRA = 8  # further iterations while re-seeded clusters still have to find their members
 
@@ -262,7 +262,7 @@ def fit_kmeans(
     train = train_rows(shard, comm)
     bound = max_abs(shard, comm)
     chosen = train[stratified(len(train), min(max_sample, SAMPLE_PER_CODE * num_codes), seed=seed)]
-    seeding = min(SEED_ROWS_PER_CODE * num_codes, MAX_SEED_ROWS, len(chosen))
+    seeding = min(max(SEED_ROWS_PER_CODE * num_codes, MIN_SEED_ROWS), MAX_SEED_ROWS, len(chosen))
     pool = gather_rows(shard, chosen[stratified(len(chosen), seeding, seed=seed + 1)], comm)
     centroids = pool[:1].expand(num_codes, -1).clone()
     if comm.rank == 0:

@@ -209,7 +209,8 @@ def _gate_everywhere(ctx: StageContext, quality: dict[str, Any], cfg: QuantizerC
     figures = torch.zeros(3, dtype=torch.float64, device=ctx.device)
     if ctx.is_main:
         first = quality["levels"][0]
-        figures += torch.tensor([first["codes"], first["perplexity"], quality["collision_rate"]])
+        known = [first["codes"], first["perplexity"], quality["collision_rate"]]
+        figures.copy_(torch.tensor(known, dtype=torch.float64))
     codes, perplexity, rate = ctx.broadcast(figures).tolist()
     seen = {"levels": [{"codes": int(codes), "perplexity": perplexity}], "collision_rate": rate}
     check_gate(seen, cfg.quality)

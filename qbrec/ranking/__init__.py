@@ -1,4 +1,4 @@
-"""Full-catalogue ranking: scorers over items or semantic IDs, exact top-k and ranks, metrics. Knows no encoder."""
+"""Full-catalogue ranking: scorers over items or semantic IDs, exact top-k, ranks, metrics."""
 
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.scorer import CodeScorer, FactorisedScorer, Scorer

@@ -19,8 +19,10 @@ def metrics_of_ranks(ranks: NDArray[np.int64]) -> NDArray[np.float64]:
     Returns:
         float64 [B, len(METRICS)], columns in the order of `METRICS`.
     """
-    columns = [ranks <= k for k in HR_AT]
     gain = 1.0 / np.log2(ranks + 1.0)
-    columns += [np.where(ranks <= k, gain, 0.0) for k in NDCG_AT]
-    columns.append(1.0 / ranks)
-    return np.stack(columns, axis=1).astype(np.float64)
+    columns = [
+        *(np.where(ranks <= k, 1.0, 0.0) for k in HR_AT),
+        *(np.where(ranks <= k, gain, 0.0) for k in NDCG_AT),
+        1.0 / ranks,
+    ]
+    return np.stack(columns, axis=1)

@@ -57,7 +57,7 @@ class CodeScorer(Protocol):
 
 
 class FactorisedScorer:
-    """`score(i) = Σ_l log p_l(c_{i,l})`: one forward over history and L masks, then a table look-up per level.
+    """`score(i) = Σ_l log p_l(c_{i,l})`: one forward over history and L masks, then a look-up per level.
 
     Items that share a semantic ID get the very same float, whatever the batch, so that ties are real ties.
 
@@ -67,13 +67,18 @@ class FactorisedScorer:
         chunk_items: Items scored at once; bounds the temporary to `B × chunk_items` floats.
     """
 
-    def __init__(self, code_scorer: CodeScorer, *, semantic_ids: NDArray[Any], chunk_items: int = 65_536) -> None:
-        assert semantic_ids.ndim == 2 and chunk_items >= 1
+    def __init__(
+        self, code_scorer: CodeScorer, *, semantic_ids: NDArray[Any], chunk_items: int = 65_536
+    ) -> None:
+        assert semantic_ids.ndim == 2
+        assert chunk_items >= 1
         self.code_scorer, self.chunk_items = code_scorer, chunk_items
         self.num_items, self.levels = semantic_ids.shape
         self._codes = np.ascontiguousarray(semantic_ids.T.astype(np.int32))  # [L, N]
         self._largest = int(self._codes.max(initial=0))
-        self._flat: torch.Tensor | None = None  # int32 [N, L], codes shifted into one table of L × Kmax rows
+        # int32 [N, L], codes shifted into one table of L × Kmax rows; made for the first model that asks
+        self._flat: torch.Tensor | None = None
+        self._stride = 0
 
     @property
     def name(self) -> str:
@@ -84,7 +89,7 @@ class FactorisedScorer:
         """Scores of the whole catalogue, float32 [B, N] on the model's device.
 
         Raises:
-            DataError: The semantic IDs hold a code the model has no output for (they belong to another model).
+            DataError: The semantic IDs hold a code the model has no output for (they are another model's).
         """
         log_probs = self.code_scorer.code_log_probs(histories, domain)
         return self.scores_of(log_probs)
@@ -95,8 +100,8 @@ class FactorisedScorer:
         batch, levels, codes = log_probs.shape
         if levels != self.levels or codes <= self._largest:
             raise DataError(
-                f"semantic IDs of {self.levels} levels with codes up to {self._largest} do not fit a model of "
-                f"{levels} levels x {codes} codes",
+                f"semantic IDs of {self.levels} levels with codes up to {self._largest} do not fit a model "
+                f"of {levels} levels x {codes} codes",
                 where="factorised scorer",
                 fix="score with the quantizer artifact the model was trained on",
             )
@@ -105,8 +110,8 @@ class FactorisedScorer:
         return self._bags(log_probs.float())
 
     def _bags(self, log_probs: torch.Tensor) -> torch.Tensor:
-        # Each item is a bag of L rows of the table [L * Kmax, B]: one fused gather-and-add over contiguous rows of
-        # B floats, no [B, N, L] temporary. The levels are always added in the same order.
+        # Each item is a bag of L rows of the table [L * Kmax, B]: one fused gather-and-add over contiguous
+        # rows of B floats, no [B, N, L] temporary. The levels are always added in the same order.
         batch, levels, codes = log_probs.shape
         table = log_probs.reshape(batch, levels * codes).t().contiguous()
         flat = self._indices(codes, log_probs.device)
@@ -131,8 +136,8 @@ class FactorisedScorer:
 
     def _indices(self, codes: int, device: torch.device) -> torch.Tensor:
         if self._flat is None or self._flat.device != device or self._stride != codes:
-            shift = np.arange(self.levels, dtype=np.int64)[:, None] * codes
             assert self.levels * codes < 2**31
-            self._flat = torch.from_numpy(np.ascontiguousarray((self._codes + shift).T.astype(np.int32))).to(device)
-            self._stride = codes
+            shift = np.arange(self.levels, dtype=np.int32)[:, None] * np.int32(codes)
+            flat = np.ascontiguousarray((self._codes + shift).T)
+            self._flat, self._stride = torch.from_numpy(flat).to(device), codes
         return self._flat

@@ -48,8 +48,8 @@ def top_k(
         allowed: Items that may be returned at all, bool [N].
 
     Returns:
-        rows int64 [B, k] and scores float32 [B, k], best first. Where fewer than k items are left, the rest is row -1
-        with score -inf.
+        rows int64 [B, k] and scores float32 [B, k], best first. Where fewer than k items are left, the
+        rest is row -1 with score -inf.
 
     Raises:
         ConfigError: k is below 1 or above the catalogue.
@@ -58,7 +58,9 @@ def top_k(
     num_items = scores.shape[1]
     if not 1 <= k <= num_items:
         raise ConfigError(
-            f"k is {k}, but the catalogue has {num_items} items", where="--k", fix=f"choose k from 1 to {num_items}"
+            f"k is {k}, but the catalogue has {num_items} items",
+            where="--k",
+            fix=f"choose k from 1 to {num_items}",
         )
     ties = torch.as_tensor(tie_rank, device=scores.device)
     # Real scores stay above -inf, so that -inf alone means "taken out".
@@ -87,7 +89,7 @@ def top_k(
 def _settle(
     work: torch.Tensor, ties: torch.Tensor, best: torch.Tensor, index: torch.Tensor, cut_tie: torch.Tensor
 ) -> None:
-    # topk takes any of the items that tie at the k-th score: replace them by the first ones in the order of ties.
+    # topk takes any of the items that tie at the k-th score: replace them by the first in the order of ties.
     k = best.shape[1]
     for chunk in cut_tie.split(max(1, (1 << 24) // work.shape[1])):
         last = best[chunk, -1:]
@@ -95,7 +97,9 @@ def _settle(
         first = place.topk(k, dim=1, largest=False, sorted=True).indices
         above = (best[chunk] > last).sum(1, keepdim=True)
         column = torch.arange(k, device=work.device)
-        index[chunk] = torch.where(column < above, index[chunk], first.gather(1, (column - above).clamp_min(0)))
+        index[chunk] = torch.where(
+            column < above, index[chunk], first.gather(1, (column - above).clamp_min(0))
+        )
 
 
 @torch.no_grad()
@@ -137,7 +141,7 @@ def ranks_both(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ranks with seen items kept and with seen items removed, in one pass over the scores.
 
-    The second follows from the first by subtracting the seen items that beat the target, so nothing is copied.
+    The second follows from the first by subtracting the seen items that beat the target: nothing is copied.
 
     Returns:
         (kept int64 [B], removed int64 [B]); arguments and errors as in `target_ranks`.
@@ -174,7 +178,7 @@ def ranks_both(
 def _count_numpy(
     scores: torch.Tensor, mine: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    # numpy counts true bytes with SIMD, row by row in the cache: some thirty times faster than torch's sum of bool.
+    # numpy counts true bytes with SIMD, row by row in the cache: some thirty times faster than torch's sum.
     table, own = scores.numpy(), mine.numpy()[:, 0]
     competes = None if mask is None else mask.numpy()
     above, level = np.empty((2, len(table)), np.int64)

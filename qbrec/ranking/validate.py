@@ -88,8 +88,8 @@ def validation_metrics(
 ) -> dict[str, float]:
     """Full-catalogue metrics on the validation targets, seen items removed.
 
-    The users are the same for every rank and call; rank r scores users r, r + world, … and sums are exact at any
-    world size.
+    The users are the same for every rank and call; rank r scores users r, r + world, … and the counts are
+    exact at any world size.
 
     Args:
         scorer: Model under training.

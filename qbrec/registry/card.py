@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qbrec.config import RootConfig
-from qbrec.registry.metrics import metric_rows
+from qbrec.registry.metrics import cells_of, metric_names
 from qbrec.storage.artifact import Artifact
 
 
@@ -61,9 +61,10 @@ def model_card(config: RootConfig, artifacts: Mapping[str, Artifact]) -> str:
 
 
 def _table(metrics: Mapping[str, Any]) -> list[str]:
-    names, rows = metric_rows(metrics)
+    models = cells_of(metrics["models"])
+    names = metric_names(models)
     lines = [f"| model | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    for model, cells in rows:
-        texts = [f"{c['mean']:.4f} ({c['low']:.4f}–{c['high']:.4f})" if c else "" for c in cells]
+    for model, cells in models.items():
+        texts = [f"{c['mean']:.4f} ({c['low']:.4f}–{c['high']:.4f})" for c in (cells[n] for n in names)]
         lines.append(f"| {model} | {' | '.join(texts)} |")
     return lines

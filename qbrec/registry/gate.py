@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from qbrec.config.sections import GateConfig
 from qbrec.errors import ConfigError, DataError
+from qbrec.evaluation.results import MODEL
 from qbrec.ranking import METRICS, metrics_of_ranks
-from qbrec.registry.metrics import MODEL, SEEN, metric_value
+from qbrec.registry.metrics import SEEN, metric_value
 from qbrec.storage.artifact import Artifact
 
 COMPARED = "ndcg@10"
@@ -146,19 +147,7 @@ def _gains(evaluation: Artifact) -> tuple[NDArray[np.int64], NDArray[np.float64]
         raise DataError(
             f"the ranks lack the columns {missing}", where=str(path), fix="evaluate the run again"
         )
-    keys = np.stack([_codes(table[name]) for name in USER_KEY], axis=1)
-    ranks = table[column].to_numpy()
+    keys = np.stack([table[name].to_numpy().astype(np.int64) for name in USER_KEY], axis=1)
+    ranks = table[column].to_numpy().astype(np.int64)
     order = np.lexsort(keys.T[::-1])
     return keys[order], metrics_of_ranks(ranks[order])[:, METRICS.index(COMPARED)]
-
-
-def _codes(column: Any) -> NDArray[np.int64]:
-    import pyarrow as pa
-
-    if pa.types.is_string(column.type) or pa.types.is_dictionary(column.type):
-        names = column.cast(pa.string()).to_pylist()
-        # Stable numbers for names, equal in both tables without knowing the other one.
-        from qbrec.storage.hashing import hash64
-
-        return np.asarray(hash64("domain", names).view(np.int64))
-    return np.asarray(column.to_numpy(), dtype=np.int64)

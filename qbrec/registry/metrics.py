@@ -1,31 +1,34 @@
-"""Reading `metrics.json` of an evaluation: the one place that knows its layout on this side."""
+"""Reading `metrics.json` of an evaluation (layout: `evaluation.results`): the mode that serves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-MODEL = "qbrec"
-SEEN = "removed"  # items of the history are not recommended again: the setting that serves
+from qbrec.evaluation.results import MODEL
+from qbrec.ranking import METRICS
+
+SEEN = "removed"  # items of the history are not recommended again: the mode that serves
+
+Cells = dict[str, dict[str, float]]  # metric name -> mean, low, high
 
 
-def metric_rows(
-    metrics: Mapping[str, Any],
-) -> tuple[list[str], list[tuple[str, list[dict[str, float] | None]]]]:
-    """Metric names, and per model the cells {"mean", "low", "high"}, qbrec first.
+def cells_of(table: Mapping[str, Any]) -> dict[str, Cells]:
+    """Cells of every model (or baseline, of a paired table), qbrec first."""
+    return {name: table[name][SEEN] for name in sorted(table, key=lambda name: (name != MODEL, name))}
 
-    Args:
-        metrics: The document of the evaluation artifact.
-    """
-    models = {name: entry[SEEN] for name, entry in metrics["models"].items()}
-    order = sorted(models, key=lambda name: (name != MODEL, name))
-    names = list(models[order[0]]) if order else []
-    return names, [(name, [models[name].get(metric) for metric in names]) for name in order]
+
+def metric_names(table: Mapping[str, Cells]) -> list[str]:
+    """Names of all metrics in their usual order (JSON comes sorted, hr@10 before hr@5)."""
+    present = {name for cells in table.values() for name in cells}
+    return [name for name in METRICS if name in present]
 
 
 def metric_value(metrics: Mapping[str, Any], name: str) -> float | None:
-    """Mean of one metric of qbrec, such as `ndcg@10`; None if there is none of that name."""
-    cell = metrics["models"].get(MODEL, {}).get(SEEN, {}).get(name)
+    """Mean of one metric of qbrec: `ndcg@10`, or `cold/ndcg@10` on a slice; None if it is not there."""
+    part, _, metric = name.rpartition("/")
+    tables = metrics["slices"].get(part, {}) if part else metrics
+    cell = tables.get("models", {}).get(MODEL, {}).get(SEEN, {}).get(metric)
     return None if cell is None else float(cell["mean"])
 
 

@@ -51,8 +51,6 @@ def promote(config: RootConfig, *, version: str | None = None, gate: GateConfig 
         version = _wanted(client, name, version)
         champion = by_alias(client, name, CHAMPION)
         serving = str(champion.version) if champion is not None else None
-        if serving == version:
-            return Verdict(version, serving, (Check("already @champion", True, "nothing to move"),))
         verdict = _judge(config, version, serving, gate=gate)
         client.set_model_version_tag(name, version, VERDICT, "passed" if verdict.passed else "refused")
         client.set_model_version_tag(name, version, REPORT, verdict.to_json())
@@ -63,6 +61,8 @@ def promote(config: RootConfig, *, version: str | None = None, gate: GateConfig 
                 where=f"@champion is {'version ' + serving if serving else 'not set'}",
                 fix="train a better version, or change registry.gate if its demands are not what you mean",
             )
+        if serving == version:
+            return verdict
         # previous first: if this process dies between the two, @champion still serves, a repeat completes it.
         if serving is not None:
             client.set_registered_model_alias(name, PREVIOUS, serving)
@@ -108,6 +108,8 @@ def _judge(config: RootConfig, version: str, serving: str | None, *, gate: GateC
         checks = list(check_floors(challenger.load_json("metrics.json"), gate=gate))
         if serving is None:
             checks.append(Check("comparison", True, "there is no @champion yet"))
+        elif serving == version:
+            checks.append(Check("comparison", True, "it is @champion already: nothing to move"))
         else:
             champion = evaluation_of(config, serving, folder=Path(folder))
             checks.append(check_champion(challenger, champion, gate=gate, seed=config.run.seed))

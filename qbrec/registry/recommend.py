@@ -58,7 +58,7 @@ class Recommender:
 
         self._catalog, self._ids, self._labels, self._scorer = catalog, semantic_ids, labels, scorer
         self.domain = domain
-        self._domain_index = catalog.domains.index(domain)
+        self._domain_index = catalog.domain_number(domain)
         self._allowed = np.asarray(catalog.domain_mask(domain))
         self._tie_rank = tie_rank(catalog.train_counts)
         self.num_candidates = int(self._allowed.sum())
@@ -154,7 +154,7 @@ class Recommender:
     def _batch(self, rows: list[NDArray[np.int64]], *, k: int, keep_seen: bool) -> list[list[Recommendation]]:
         from qbrec.ranking import top_k
 
-        histories = Ragged.from_lists(rows)
+        histories = Ragged.from_lists([list(row) for row in rows])
         scores = self._scorer.scores(histories, self._domain_index)
         best, values = top_k(
             scores,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qbrec.config import RootConfig
-from qbrec.errors import QbrecError, RegistryError
-from qbrec.registry.bundle import BUNDLE_FILE, open_part, require, write_bundle
+from qbrec.errors import DataError, QbrecError, RegistryError
+from qbrec.registry.bundle import BUNDLE_FILE, open_part, read_bundle, require, write_bundle
 from qbrec.registry.card import model_card
 from qbrec.registry.lock import registry_lock
 from qbrec.registry.metrics import qbrec_means
@@ -72,7 +71,7 @@ def _log(config: RootConfig, run_dir: Path, bundle: Path, *, experiment: str, ta
     recommender = Recommender.load(bundle)
     state = load_state(run_dir)
     parent = state.parent if state is not None else None
-    with _fluent(config):
+    with aimed_at(config):
         if parent is not None and parent.run_id is not None:
             run = mlflow.start_run(run_id=parent.run_id)
         else:
@@ -93,7 +92,7 @@ def _same(client: MlflowClient, name: str, prints: Mapping[str, str]) -> str | N
 
 
 @contextlib.contextmanager
-def _fluent(config: RootConfig) -> Iterator[None]:
+def aimed_at(config: RootConfig) -> Iterator[None]:
     """MLflow's module-level API aimed at our store, and back again afterwards."""
     import mlflow
 
@@ -152,24 +151,23 @@ def evaluation_of(config: RootConfig, version: str, *, folder: Path) -> Artifact
     import mlflow
 
     base = f"models:/{config.registry.model_name}/{version}/artifacts/{BUNDLE_ARTIFACT}"
-    target, uri = folder / f"version-{version}", tracking_uri(config)
+    target = folder / f"version-{version}"
     target.mkdir()
     try:
-        mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{base}/{BUNDLE_FILE}", dst_path=str(target), tracking_uri=uri, registry_uri=uri
-        )
-        entry: dict[str, Any] = json.loads((target / BUNDLE_FILE).read_text())["parts"]["evaluation"]
-        if entry["embedded"]:
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{base}/{entry['path']}",
-                dst_path=str(target),
-                tracking_uri=uri,
-                registry_uri=uri,
+        with aimed_at(config):
+            file = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{base}/{BUNDLE_FILE}", dst_path=str(target)
             )
-    except (OSError, KeyError, ValueError) as error:
+            bundle = Path(file).parent  # MLflow repeats the path inside the model below the target
+            entry: dict[str, Any] = read_bundle(bundle)["parts"]["evaluation"]
+            if entry["embedded"]:
+                mlflow.artifacts.download_artifacts(
+                    artifact_uri=f"{base}/{entry['path']}", dst_path=str(target)
+                )
+    except (OSError, DataError) as error:
         raise RegistryError(
             f"version {version} of {config.registry.model_name!r} holds no bundle of qbrec: {error}",
-            where=uri,
+            where=tracking_uri(config),
             fix="register a run with `qbrec register`, or choose another registry.model_name",
         ) from error
-    return open_part(target, "evaluation")
+    return open_part(bundle, "evaluation")

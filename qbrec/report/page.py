@@ -21,7 +21,7 @@ def write_report(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Arti
 
     Args:
         config: The run's configuration.
-        run_dir: Its directory (metrics.jsonl, timings.json).
+        run_dir: Its directory (metrics.jsonl, run.json).
         artifacts: The finished artifacts by stage name; chapters of missing ones are left out.
 
     Returns:

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbrec.config import RootConfig
-from qbrec.registry.metrics import MODEL, SEEN, metric_rows
+from qbrec.evaluation.results import MODEL
+from qbrec.registry.metrics import Cells, cells_of, metric_names
 from qbrec.registry.recommend import Recommender
-from qbrec.report.blocks import Block, Card, Cell, Item, Part, Row, Section, Tile
+from qbrec.report.blocks import Block, Card, Cell, Item, Part, Row, Section, Tile, cells
 from qbrec.report.svg import Interval, interval_chart
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView
@@ -19,7 +20,7 @@ from qbrec.storage.catalog_view import CatalogView
 HEADLINE = "ndcg@10"
 CHARTED = ("ndcg@10", "hr@10")
 SAMPLE_IDS = 12
-SAMPLE_USERS = 4
+SAMPLE_USERS = 6
 SAMPLE_K = 5
 SAMPLE_HISTORY = 6
 
@@ -28,64 +29,101 @@ def tiles(artifacts: Mapping[str, Artifact]) -> list[Tile]:
     """The headline: ours, the best baseline, the difference."""
     if "evaluation" not in artifacts:
         return []
-    metrics = artifacts["evaluation"].load_json("metrics.json")
-    values = {name: entry[SEEN][HEADLINE]["mean"] for name, entry in metrics["models"].items()}
+    document = artifacts["evaluation"].load_json("metrics.json")
+    values = {name: cells[HEADLINE]["mean"] for name, cells in cells_of(document["models"]).items()}
     found = [Tile(f"{values[MODEL]:.4f}", f"{HEADLINE.upper()} of {MODEL}, full catalogue")]
     rivals = {name: value for name, value in values.items() if name != MODEL}
     if rivals:
         best = max(rivals, key=lambda name: rivals[name])
         found.append(Tile(f"{rivals[best]:.4f}", f"best baseline: {best}"))
         if rivals[best] > 0:
-            found.append(Tile(f"{values[MODEL] / rivals[best] - 1:+.1%}", "against it"))
-    return found
+            found.append(Tile(f"{values[MODEL] / rivals[best] - 1:+.1%}", f"{MODEL} against it"))
+    return [*found, Tile(f"{document['protocol']['num_users']:,}", "test users, each ranked exactly")]
 
 
 def metrics(artifacts: Mapping[str, Artifact]) -> Section | None:
-    """All models, all metrics, with intervals; then the slices."""
+    """All models, all metrics, with intervals; paired differences; slices."""
     if "evaluation" not in artifacts:
         return None
     document = artifacts["evaluation"].load_json("metrics.json")
-    names, rows = metric_rows(document)
-    charts = []
-    for metric in CHARTED:
-        if metric in names:
-            column = names.index(metric)
-            intervals = [
-                Interval(model, cell["mean"], cell["low"], cell["high"], strong=model == MODEL)
-                for model, row in rows
-                if (cell := row[column]) is not None
-            ]
-            charts.append(
-                interval_chart(intervals, title=f"{metric.upper()}, 95 % intervals", x_label=metric.upper())
-            )
-    blocks = [Block(charts=charts), _table("Seen items removed", names, rows)]
-    return Section(
-        "results",
-        "Results",
-        texts=(
-            "Every test user's held-out item is ranked among the whole catalogue, never a sample. "
-            "Intervals are bootstrap intervals over users.",
+    models, protocol = cells_of(document["models"]), document["protocol"]
+    charts = [
+        interval_chart(
+            [
+                Interval(model, c[name]["mean"], c[name]["low"], c[name]["high"], strong=model == MODEL)
+                for model, c in models.items()
+            ],
+            title=f"{name.upper()}, {protocol['confidence']:.0%} intervals",
+            x_label=name.upper(),
+        )
+        for name in CHARTED
+    ]
+    coverage = [
+        Row(cells((name, f"{share:.1%}")), strong=name == MODEL)
+        for name, share in document["coverage"].items()
+    ]
+    blocks = [
+        Block(charts=charts),
+        _table("All metrics", models),
+        _table(
+            f"{MODEL} minus the baseline, user by user",
+            cells_of(document["paired"]),
+            first="against",
+            sign="+",
         ),
-        blocks=blocks,
+        _slices(document["slices"]),
+        Block(
+            title="Coverage",
+            text="Share of the candidates that are in anybody's top 10.",
+            head=("model", "coverage"),
+            rows=coverage,
+            numeric=frozenset({1}),
+        ),
+    ]
+    text = (
+        f"The held-out item of each of {protocol['num_users']:,} users is ranked among all "
+        f"{protocol['num_candidates']:,} items of {protocol['domain']}, never a sample; items seen before "
+        f"are removed. Intervals: {protocol['confidence']:.0%}, {protocol['bootstrap']:,} bootstrap "
+        "resamples over users."
+    )
+    return Section(
+        "results", "Results", texts=(text,), blocks=[block for block in blocks if block.rows or block.charts]
     )
 
 
-def _table(title: str, names: list[str], rows: list[tuple[str, list[dict[str, float] | None]]]) -> Block:
-    lines = [
+def _table(title: str, models: Mapping[str, Cells], *, first: str = "model", sign: str = "") -> Block:
+    names = metric_names(models)
+    rows = [
+        Row((Cell(model), *(_cell(row[name], sign) for name in names)), strong=model == MODEL)
+        for model, row in models.items()
+    ]
+    head = (first, *(name.upper() for name in names))
+    return Block(title=title, head=head, rows=rows, numeric=frozenset(range(1, len(head))))
+
+
+def _slices(slices: Mapping[str, Any]) -> Block:
+    """One row per slice, one column per model, of the headline metric."""
+    parts = {
+        name: (part["num_users"], cells_of(part["models"])) for name, part in slices.items() if part["models"]
+    }
+    models = list(next(iter(parts.values()))[1]) if parts else []
+    rows = [
         Row(
             (
-                Cell(model),
-                *(
-                    Cell(f"{c['mean']:.4f}", f"{c['low']:.4f}–{c['high']:.4f}") if c else Cell("")
-                    for c in row
-                ),
-            ),
-            strong=model == MODEL,
+                Cell(name.replace("_", " ")),
+                Cell(f"{users:,}"),
+                *(_cell(table[m][HEADLINE], "") for m in models),
+            )
         )
-        for model, row in rows
+        for name, (users, table) in parts.items()
     ]
-    head = ("model", *(name.upper() for name in names))
-    return Block(title=title, head=head, rows=lines, numeric=frozenset(range(1, len(head))))
+    head = ("slice", "users", *models)
+    title = f"{HEADLINE.upper()} by slice"
+    return Block(title=title, head=head, rows=rows, numeric=frozenset(range(1, len(head))))
+
+
+def _cell(cell: Mapping[str, float], sign: str) -> Cell:
+    return Cell(f"{cell['mean']:{sign}.4f}", f"{cell['low']:{sign}.4f} … {cell['high']:{sign}.4f}")
 
 
 def examples(config: RootConfig, artifacts: Mapping[str, Artifact]) -> list[Section]:

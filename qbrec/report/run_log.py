@@ -1,4 +1,4 @@
-"""What a run left behind in its directory: curves from metrics.jsonl, times per stage."""
+"""What a run left behind in its directory: curves from metrics.jsonl, seconds per stage from run.json."""
 
 from __future__ import annotations
 
@@ -6,29 +6,17 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from qbrec.storage.artifact import write_atomic
-
-TIMINGS_FILE = "timings.json"
+RUN_FILE = "run.json"
 Curves = dict[str, dict[str, list[tuple[float, float]]]]
 
 
-def record_timing(run_dir: Path, stage: str, *, seconds: float, reused: bool = False) -> None:
-    """Note how long a stage took; one that was skipped keeps the time of the attempt that did the work."""
-    timings = read_timings(run_dir)
-    before = timings.get(stage, {"seconds": 0.0})
-    timings[stage] = {"seconds": before["seconds"] if reused else seconds, "reused": reused}
-    write_atomic(run_dir / TIMINGS_FILE, json.dumps(timings, indent=1).encode())
-
-
-def read_timings(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Seconds per stage as `record_timing` noted them; empty if nothing was."""
+def read_seconds(run_dir: Path) -> dict[str, float]:
+    """Seconds that each stage took when it was built, from the pipeline's `run.json`; empty without one."""
     try:
-        timings: dict[str, dict[str, float]] = json.loads(
-            (run_dir / TIMINGS_FILE).read_text(encoding="utf-8")
-        )
-    except (FileNotFoundError, ValueError):
+        stages = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))["stages"]
+        return {str(name): float(entry["seconds"]) for name, entry in stages.items() if "seconds" in entry}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
-    return timings
 
 
 def read_curves(run_dir: Path) -> Curves:

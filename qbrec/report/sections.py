@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qbrec.config import RootConfig
 from qbrec.report.blocks import Block, Cell, Row, Section, Stage, cells
-from qbrec.report.run_log import duration, read_curves, read_timings
+from qbrec.report.run_log import duration, read_curves, read_seconds
 from qbrec.report.svg import Series, bar_chart, line_chart, number
 from qbrec.storage.artifact import Artifact
 
@@ -28,21 +28,17 @@ _MAX_BUCKETS = 5_000_000  # items up to which the sizes of the ID buckets are co
 
 def flow(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact]) -> Section:
     """Every stage with its time and what came out."""
-    timings = read_timings(run_dir)
+    seconds = read_seconds(run_dir)
     stages = []
     for name in STAGES:
         artifact = artifacts.get(name)
-        timing = timings.get(name)
-        took = duration(timing["seconds"]) if timing and timing["seconds"] else "–"
-        stages.append(
-            Stage(
-                name=name,
-                time=(took if artifact is not None else "not run"),
-                fact=(_fact(name, artifact, config) if artifact is not None else "")
-                + (" · reused" if timing and timing.get("reused") else ""),
-                fingerprint=artifact.fingerprint[:12] if artifact is not None else "",
-            )
-        )
+        if artifact is None:
+            stages.append(Stage(name=name, time="not run", fact="", fingerprint=""))
+            continue
+        # The pipeline notes 0 where the artifact of another run was found.
+        took = duration(seconds[name]) if seconds.get(name) else "reused"
+        fact = _fact(name, artifact, config)
+        stages.append(Stage(name=name, time=took, fact=fact, fingerprint=artifact.fingerprint[:12]))
     text = f"Seed {config.run.seed}. A stage whose inputs and configuration have not changed is reused."
     return Section("flow", "The flow", texts=(text,), flow=stages)
 
@@ -191,7 +187,7 @@ def _fact(name: str, artifact: Artifact, config: RootConfig) -> str:
     if name == "quantizer":
         return f"{' × '.join(str(k) for k in meta['levels'])} codes, {config.quantizer.method}"
     if name in ("pretrain", "finetune"):
-        return f"{config.sequence.layers} layers of width {config.sequence.width}"
+        return f"layers: {config.sequence.layers}, width {config.sequence.width}"
     return f"{len(config.evaluation.baselines)} baselines, {config.evaluation.bootstrap:,} resamples"
 
 

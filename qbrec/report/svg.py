@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 420, 230  # small on purpose: a chart that is scaled down on a phone keeps legible text
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 12, 36
 MAX_POINTS = 400  # a curve has no more pixels than this
 
 

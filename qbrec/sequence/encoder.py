@@ -1,4 +1,4 @@
-"""The masked encoder: a pre-norm BERT over H × L tokens of semantic IDs, with unpadded attention and a head per level."""
+"""The masked encoder: a pre-norm BERT over semantic IDs, unpadded, with one output range per level."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from torch import nn
 from torch.nn import functional
 
 from qbrec.config.stages import SequenceConfig
-from qbrec.sequence.packing import PackedHistories, token_layout
+from qbrec.sequence.packing import PackedHistories, TokenLayout, token_layout
 from qbrec.sequence.vocabulary import Vocabulary
 
 
 class SequenceEncoder(nn.Module):
     """Predicts the hidden codes of histories.
 
-    Token = code (or mask) embedding + position of its item + level + mean embedding of the item's visible codes. Positions count from the
-    end of the history, so that the most recent item always has the same one. Output weights are the code embeddings (tied), and a hidden
-    code is compared with the codes of its own level only.
+    Token = code (or mask) embedding + position of its item + level + mean embedding of the item's visible
+    codes. Positions count from the end of the history, so that the most recent item always has the same one.
+    Output weights are the code embeddings (tied), and a hidden code is compared with the codes of its own
+    level only.
 
     Args:
         config: Width, layers, heads, dropout, longest history, kind of positions.
@@ -38,20 +39,28 @@ class SequenceEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, heads=config.heads, dropout=config.dropout) for _ in range(config.layers)
         )
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.head = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width)
+        )
         self.code_bias = nn.Parameter(torch.zeros(vocabulary.starts[-1]))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02) weights, zero biases, as in BERT; the residual outputs shrunk by depth."""
+        """Xavier matrices, residual outputs shrunk by depth, embeddings of standard deviation 0.1.
+
+        BERT's 0.02 everywhere is made for widths near 1000; at ours it learns three times slower (measured).
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.1)
         for block in self.blocks:
+            assert isinstance(block, Block)
             for output in (block.attention_output, block.down):
-                nn.init.normal_(output.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+                output.weight.data.mul_((2 * len(self.blocks)) ** -0.5)
 
     def forward(self, batch: PackedHistories, hidden: torch.Tensor) -> list[torch.Tensor]:
         """Scores of the codes of every hidden token.
@@ -69,50 +78,40 @@ class SequenceEncoder(nn.Module):
         wanted = [
             layout.item_tokens[:, level][hidden[:, level]] for level in range(self.vocabulary.num_levels)
         ]
-        x = self._embed(batch, hidden, layout.item_tokens, layout.domain_tokens, layout.age, layout.num_tokens)
-        rotation = self._rotation(layout.item_tokens, layout.age, layout.num_tokens)
-        groups = tuple(
-            (count, 1 + items * self.vocabulary.num_levels) for count, items in batch.groups
-        )
+        x = self._embed(batch, hidden, layout)
+        rotation = self._rotation(layout)
+        groups = tuple((count, 1 + items * self.vocabulary.num_levels) for count, items in batch.groups)
         for block in self.blocks[:-1]:
             x = block(x, groups, rotation)
         # Nothing reads the last layer anywhere but at the hidden tokens.
         x = self.head(self.blocks[-1](x, groups, rotation, torch.cat(wanted)))
         return self._logits(x, [len(places) for places in wanted])
 
-    def _embed(
-        self,
-        batch: PackedHistories,
-        hidden: torch.Tensor,
-        item_tokens: torch.Tensor,
-        domain_tokens: torch.Tensor,
-        age: torch.Tensor,
-        num_tokens: int,
-    ) -> torch.Tensor:
-        """float [num_tokens, D] input of the first block."""
+    def _embed(self, batch: PackedHistories, hidden: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """Input of the first block, [num_tokens, D]."""
         vocabulary = self.vocabulary
         ids = torch.where(hidden, vocabulary.mask, vocabulary.tokens(batch.codes))  # [S, L]
         codes = self.tokens(ids)  # [S, L, D]
         visible = (~hidden).to(codes.dtype)[..., None]
         item = self.item_projection((codes * visible).sum(1) / visible.sum(1).clamp(min=1))  # [S, D]
         if self.config.position == "learned":
-            item = item + self.positions(age)
+            item = item + self.positions(layout.age)
         content = codes + item[:, None] + self.level_embedding.weight
-        x = content.new_empty(num_tokens, content.shape[-1])
-        x = x.index_copy(0, item_tokens.reshape(-1), content.reshape(-1, content.shape[-1]))
-        x = x.index_copy(0, domain_tokens, self.tokens(vocabulary.domain_tokens(batch.domains)).to(x.dtype))
-        return self.dropout(x)
+        domains = self.tokens(vocabulary.domain_tokens(batch.domains))  # [B, D]
+        x = content.new_empty(layout.num_tokens, content.shape[-1])
+        x = x.index_copy(0, layout.item_tokens.reshape(-1), content.reshape(-1, content.shape[-1]))
+        x = x.index_copy(0, layout.domain_tokens, domains.to(x.dtype))
+        out: torch.Tensor = self.dropout(x)
+        return out
 
-    def _rotation(
-        self, item_tokens: torch.Tensor, age: torch.Tensor, num_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosine and sine [num_tokens, head width / 2] of rotary positions, one angle per item (Su et al. 2021)."""
+    def _rotation(self, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine [num_tokens, head width / 2] of rotary positions (Su et al. 2021), or None."""
         if self.config.position == "learned":
             return None
         half = self.config.width // self.config.heads // 2
-        frequency = 10_000.0 ** (-torch.arange(half, device=age.device, dtype=torch.float32) / half)
-        place = torch.zeros(num_tokens, device=age.device)
-        place[item_tokens] = -age.to(torch.float32)[:, None].expand(item_tokens.shape)
+        frequency = 10_000.0 ** (-torch.arange(half, device=layout.age.device, dtype=torch.float32) / half)
+        place = torch.zeros(layout.num_tokens, device=layout.age.device)
+        place[layout.item_tokens] = -layout.age.to(torch.float32)[:, None]
         angle = place[:, None] * frequency
         return angle.cos(), angle.sin()
 
@@ -164,7 +163,8 @@ class Block(nn.Module):
             x, mixed = x[keep], mixed[keep]
         x = x + self.dropout(self.attention_output(mixed))
         fed = self.down(functional.gelu(self.up(self.feed_norm(x)), approximate="tanh"))
-        return x + self.dropout(fed)
+        out: torch.Tensor = x + self.dropout(fed)
+        return out
 
     def _attend(
         self,
@@ -172,7 +172,7 @@ class Block(nn.Module):
         groups: tuple[tuple[int, int], ...],
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """float [num_tokens, D] from [num_tokens, 3D]: every token attends to the tokens of its own sequence."""
+        """[num_tokens, D] from [num_tokens, 3D]: a token attends to the tokens of its own sequence."""
         width = qkv.shape[-1] // 3
         qkv = qkv.view(len(qkv), 3, self.heads, width // self.heads)
         if rotation is not None:
@@ -181,7 +181,8 @@ class Block(nn.Module):
         mixed = []
         for (count, tokens), part in zip(groups, qkv.split([c * t for c, t in groups]), strict=True):
             query, key, value = part.view(count, tokens, *part.shape[1:]).permute(2, 0, 3, 1, 4)
-            out = functional.scaled_dot_product_attention(query, key, value)  # [count, heads, tokens, D / heads]
+            # Each [count, heads, tokens, D / heads].
+            out = functional.scaled_dot_product_attention(query, key, value)
             mixed.append(out.transpose(1, 2).reshape(count * tokens, width))
         return torch.cat(mixed)
 

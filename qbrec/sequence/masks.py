@@ -1,8 +1,9 @@
 """Masks of stage 3, drawn on the device from a counter-based random stream.
 
-A draw is a hash of (seed, epoch, sample, purpose, index), not the next state of a generator. So it depends neither on which other samples
-share the batch nor on the number of ranks, a resumed run draws the same masks, and no Python runs per sample: everything below works on
-flat arrays over the items of all histories of a micro-batch.
+A draw is a hash of (seed, epoch, sample, purpose, index), not the next state of a generator. So it depends
+neither on which other samples share the batch nor on the number of ranks, a resumed run draws the same masks,
+and no Python runs per sample: everything below works on flat arrays over the items of all histories of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ import torch
 from qbrec.config.stages import MaskConfig
 
 # Purposes: separate streams for separate decisions about one sample.
-KIND, SPAN_START, SPAN_LENGTH, REGION, REGION_SIDE, FALLBACK, PARTIAL, PARTIAL_LEVEL, PREFIX, PREFIX_LENGTH = range(10)
+(
+    KIND,
+    SPAN_START,
+    SPAN_LENGTH,
+    REGION,
+    REGION_SIDE,
+    FALLBACK,
+    PARTIAL,
+    PARTIAL_LEVEL,
+    PREFIX,
+    PREFIX_LENGTH,
+) = range(10)
 
 SPAN, TAIL, MULTI_REGION = range(3)
 
@@ -35,7 +47,8 @@ _GOLDEN, _MIX_1, _MIX_2 = (
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser (Steele et al. 2014); int64 multiplication wraps, shifts are made logical by masking."""
+    """SplitMix64's finaliser (Steele et al. 2014)."""
+    # int64 multiplication wraps as it should; shifts are made logical by masking.
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -104,10 +117,11 @@ def draw_masks(
 ) -> torch.Tensor:
     """Which tokens of each history are hidden (paper: span, tail and multi-region masks).
 
-    Each sample draws one kind. *Span*: spans of geometric length up to `max_span` start anywhere, so that a share of about `ratio` is hidden.
-    *Tail*: the last item. *Multi-region*: the history is cut into about `ratio` × length (at least two) equal regions and one item hidden
-    in each, never two neighbours. Hidden items lose all their levels, or, with probability `partial`, only the deeper ones, so that decoding
-    from left to right stays in distribution. Every sample hides at least one item.
+    Each sample draws one kind. *Span*: spans of geometric length up to `max_span` start anywhere, so that a
+    share of about `ratio` is hidden. *Tail*: the last item. *Multi-region*: the history is cut into about
+    `ratio` × length (at least two) equal regions and one item hidden in each, never two neighbours. Hidden
+    items lose all their levels, or, with probability `partial`, only the deeper ones, so that decoding from
+    left to right stays in distribution. Every sample hides at least one item.
 
     Args:
         lengths: int64 [B], items in each history, at least 1.
@@ -124,9 +138,7 @@ def draw_masks(
     bounds = torch.tensor(
         [weights[0] / sum(weights), (weights[0] + weights[1]) / sum(weights)], device=lengths.device
     )
-    kind = torch.bucketize(
-        uniform(samples, seed=seed, epoch=epoch, purpose=KIND), bounds, right=True
-    )
+    kind = torch.bucketize(uniform(samples, seed=seed, epoch=epoch, purpose=KIND), bounds, right=True)
 
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [S]
     ends = torch.cumsum(lengths, 0)  # [B]
@@ -157,7 +169,7 @@ def _spans(
     seed: int,
     epoch: int,
 ) -> torch.Tensor:
-    """bool [S]: covered by a span. All arguments are per item; `place` and `end` are flat positions."""
+    """Covered by a span, bool [S]. All arguments are per item; `place` and `end` are flat positions."""
     tail_mass = _tail_mass(config.max_span)
     start = _start_probability(config.ratio, config.max_span)
     draw = uniform(samples, seed=seed, epoch=epoch, purpose=SPAN_LENGTH, index=position)
@@ -198,10 +210,14 @@ def _regions(
     seed: int,
     epoch: int,
 ) -> torch.Tensor:
-    """bool [S]: the hidden item of its region. Regions hold at least two items, and one at their edge stays visible:
-    the first one of every region, or the last one of every region, so that hidden items are never neighbours.
+    """The hidden item of its region, bool [S]; at least two items a region, where the history has four.
+
+    One item at the edge of a region stays visible, the first one or the last one in all regions of a history,
+    so that hidden items are never neighbours.
     """
-    count = torch.maximum((config.ratio * length).round().to(torch.int64), torch.tensor(2, device=length.device))
+    count = torch.maximum(
+        (config.ratio * length).round().to(torch.int64), torch.tensor(2, device=length.device)
+    )
     count = torch.minimum(count, length // 2).clamp(min=1)  # [S]
     region = torch.div(position * count, length, rounding_mode="floor")
     first = torch.div(region * length + count - 1, count, rounding_mode="floor")
@@ -223,7 +239,7 @@ def _levels(
     seed: int,
     epoch: int,
 ) -> torch.Tensor:
-    """bool [S, L] from hidden items bool [S]: all levels, or from a random level ≥ 1 on."""
+    """Bool [S, L] from hidden items bool [S]: all levels, or from a random level ≥ 1 on."""
     level = torch.arange(num_levels, device=hidden.device)
     if num_levels == 1:
         return hidden[:, None]

@@ -1,7 +1,8 @@
 """Packed micro-batches: histories of different lengths side by side without a single padded token.
 
-Histories are sorted by length, so that those of equal length form one contiguous slice, a *group*. Everything but attention works token by
-token on the flat array; attention views each group as [sequences, tokens, …], which needs neither padding nor a mask nor a copy.
+Histories are sorted by length, so that those of equal length form one contiguous slice, a *group*. Everything
+but attention works token by token on the flat array; attention views each group as [sequences, tokens, …],
+which needs neither padding nor a mask nor a copy.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class PackedRows:
     epoch: int
 
     def to(self, device: torch.device | str, id_table: torch.Tensor) -> PackedHistories:
-        """The batch on `device`, its codes gathered there from `id_table` (any integer type torch indexes, [N, L])."""
+        """The batch on `device`, its codes gathered there from `id_table` (uint8 or int32 [N, L])."""
         rows = self.rows.to(device, non_blocking=True)
         return PackedHistories(
             codes=id_table[rows].to(torch.int64),
@@ -123,7 +124,8 @@ def token_layout(lengths: torch.Tensor, *, num_items: int, num_levels: int) -> T
     ends = torch.cumsum(lengths, 0)  # [B]
     place = torch.arange(num_items, device=device)  # [S]
     level = torch.arange(num_levels, device=device)
-    # Before an item's first token stand one domain token per sequence up to its own, and L tokens per earlier item.
+    # Before an item's first token stand one domain token per sequence up to its own, and L tokens per earlier
+    # item.
     item_tokens = (place * num_levels + owner + 1)[:, None] + level
     domain_tokens = (ends - lengths) * num_levels + batch
     return TokenLayout(

@@ -1,4 +1,4 @@
-"""The trained encoder as something that scores: log-probabilities of the next item's codes (`ranking.CodeScorer`)."""
+"""The trained encoder as a `ranking.CodeScorer`: log-probabilities of the next item's codes."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class SequenceRecommender:
     def code_log_probs(self, histories: Ragged, domain: NDArray[Any] | int) -> torch.Tensor:
         """One forward over each history followed by L masks.
 
-        Unknown rows (negative, or beyond the ID table) are left out, then the last H items are read. An empty history is allowed: the domain
-        token alone then speaks.
+        Unknown rows (negative, or beyond the ID table) are left out, then the last H items are read. An empty
+        history is allowed: the domain token alone then speaks.
 
         Args:
             histories: B rows of item rows, most recent last.
@@ -113,7 +113,9 @@ class SequenceRecommender:
 
 def save_encoder(writer: ArtifactWriter, module: SequenceEncoder) -> None:
     """Write weights and description of an encoder into an artifact."""
-    weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    weights = {
+        name: tensor.detach().float().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
     writer.save_safetensors(WEIGHTS, weights)
     writer.save_json(
         DESCRIPTION,

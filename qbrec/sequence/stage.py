@@ -64,7 +64,8 @@ def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
 def finetune(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
     """Go on from the pretrained encoder: the last item of every prefix of the target domain's histories.
 
-    The weights kept are those with the best validation NDCG@10 of the factorised scorer over the full catalogue.
+    The weights kept are those with the best validation NDCG@10 of the factorised scorer over the full
+    catalogue.
 
     Args:
         ctx: The rank's context.
@@ -149,10 +150,9 @@ def history_loader(
     if domain is not None:
         select &= blocks.column("domain") == domain
     if not select.any():
-        where = "all domains" if domain is None else f"domain {catalog.domains[domain]!r}"
         raise DataError(
             "no user has two interactions before validation and test: there is nothing to learn from",
-            where=where,
+            where="all domains" if domain is None else f"domain number {domain}",
             fix="bring longer histories, or check data.domains and data.target",
         )
     return BatchLoader(

@@ -23,12 +23,13 @@ HISTORY_FIELDS = ("domain", "cut", RaggedField("row", offsets="offset"))
 
 @dataclass(frozen=True)
 class HistoryCollate:
-    """Makes packed micro-batches of the *training part* of histories; validation and test items are cut off first.
+    """Packs the *training part* of histories: validation and test items are cut off first.
 
     Attributes:
         max_items: Longest history kept, the item to predict included.
         seed: Seed of the random stream.
-        prefix: Share of the histories that are cut at a random item, so that every item is the last one at times.
+        prefix: Share of the histories that are cut at a random item, so that every item is the last one at
+            times.
     """
 
     max_items: int
@@ -44,7 +45,9 @@ class HistoryCollate:
             epoch: Epoch of the batch.
         """
         histories, cut, domain = fields["row"], fields["cut"], fields["domain"]
-        assert isinstance(histories, Ragged) and isinstance(cut, np.ndarray) and isinstance(domain, np.ndarray)
+        assert isinstance(histories, Ragged)
+        assert isinstance(cut, np.ndarray)
+        assert isinstance(domain, np.ndarray)
         histories = histories.prefix(cut[:, 0].astype(np.int64))
         if self.prefix > 0:
             lengths = prefix_lengths(

@@ -15,8 +15,8 @@ from qbrec.errors import DataError
 class Vocabulary:
     """Maps codes of every level, and domains, to disjoint ranges of token ids.
 
-    Layout: `pad` 0, `mask` 1, then `levels[0]` ids for level 0, `levels[1]` for level 1, …, then one id per domain. The same code number
-    at two levels is two tokens (`<a_12>` is not `<b_12>`).
+    Layout: `pad` 0, `mask` 1, then `levels[0]` ids for level 0, `levels[1]` for level 1, …, then one id per
+    domain. The same code number at two levels is two tokens (`<a_12>` is not `<b_12>`).
 
     Attributes:
         levels: K_l, the number of codes of each level.

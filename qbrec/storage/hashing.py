@@ -1,4 +1,4 @@
-"""The hashes that decide order and identity everywhere: item rows, users, content, counter-based randomness."""
+"""The hashes that decide order and identity everywhere: rows, users, content, counter-based randomness."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hash_bytes(parts: Iterable[bytes]) -> NDArray[np.uint64]:
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Finaliser of splitmix64 (Steele et al. 2014): every input bit moves every output bit; uint64, any shape."""
+    """Finaliser of splitmix64 (Steele et al. 2014): every input bit moves every output bit; uint64."""
     with np.errstate(over="ignore"):
         z = values + _GAMMA
         z = (z ^ (z >> np.uint64(30))) * _MIX_A
@@ -56,5 +56,7 @@ def combine64(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[
 
 
 def uniform(counter: NDArray[np.uint64], *, stream: int) -> NDArray[np.float64]:
-    """Counter-based uniform numbers in [0, 1): a pure function of (counter, stream), so any chunk can be drawn alone."""
-    return (combine64(np.uint64([stream]), counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    """Counter-based uniform numbers in [0, 1): a pure function of (counter, stream), chunk or no chunk."""
+    return (combine64(np.array([stream], dtype=np.uint64), counter) >> np.uint64(11)).astype(
+        np.float64
+    ) * 2.0**-53

@@ -28,6 +28,7 @@ _ENVIRONMENT = {
 _CHATTY = (
     "alembic",
     "mlflow.store.db.utils",
+    "mlflow.pyfunc",
     "mlflow.tracking.fluent",
     "mlflow.tracking._model_registry.client",
     "mlflow.store.model_registry.abstract_store",

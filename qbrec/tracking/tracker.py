@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,11 @@ class StageRecord:
         self.tags({"qbrec.fingerprint": artifact.fingerprint, "qbrec.path": str(artifact.path)})
         self.metrics(dict(flatten_numbers(artifact.meta)))
         if artifact.kind == "evaluation" and artifact.has("metrics.json"):
-            self.metrics(dict(flatten_numbers(artifact.load_json("metrics.json"))))
+            models = artifact.load_json("metrics.json")["models"]
+            means = {
+                f"{m}/{k}": c["mean"] for m, modes in models.items() for k, c in modes["removed"].items()
+            }
+            self.metrics(means)
         shown = [artifact.path / name for name in _SHOWN]
         self.artifacts([f for f in shown if f.is_file() and f.stat().st_size <= _SHOWN_BYTES])
 
@@ -169,6 +174,17 @@ class Tracker:
         parent = self._state.parent if self._state is not None else None
         StageRecord(self, parent).metrics(values)
 
+    def flush(self, *, timeout_s: float = 30.0) -> bool:
+        """Wait until MLflow has everything so far; False if the time was too short."""
+        if self._state is None:
+            return True
+        self._start()
+        deadline = time.monotonic() + timeout_s
+        while not self.settled and time.monotonic() < deadline:
+            self._wake.set()
+            time.sleep(0.05)
+        return self.settled
+
     def finish(self, status: str = FINISHED, *, timeout_s: float = 30.0) -> bool:
         """End the parent run and wait a while for the thread to send the rest.
 
@@ -185,9 +201,10 @@ class Tracker:
             parent.status, parent.ended = status, now_ms()
         self._closing.set()
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-        if self._owner is not None and (self._thread is None or not self._thread.is_alive()):
+        self._start()
+        assert self._thread is not None
+        self._thread.join(timeout_s)
+        if self._owner is not None and not self._thread.is_alive():
             self._owner.close()
             self._owner = None
         if not self.settled:
@@ -223,10 +240,13 @@ class Tracker:
             node = Node(name=name, stage=name, key=key, started=now_ms())
             state.nodes.append(node)
         node.status, node.ended = RUNNING, None
+        self._start()
+        return node
+
+    def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name="qbrec-tracking", daemon=True)
             self._thread.start()
-        return node
 
     def _end(self, node: Node | None, status: str) -> None:
         with self._changing(node) as changed:
@@ -267,7 +287,7 @@ class Tracker:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "%s; the run goes on, nothing is lost: it is sent later, or by `qbrec track %s`",
+                "%s; the run goes on, nothing is lost: it is sent later, or by `qbrec track --config …` (%s)",
                 reason.splitlines()[0][:300],
                 self._run_dir,
             )

@@ -1,4 +1,4 @@
-"""Codebooks and codes are the same, bit for bit, on 1, 2 and 4 ranks: uneven ranks, empty ranks, any threads."""
+"""Codebooks and codes are the same, bit for bit, on 1, 2 and 4 ranks, uneven and empty, with any threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors like those of items: clusters of very different sizes on a spectrum that falls off, with outliers."""
+"""Vectors like those of items: clusters of very different sizes, a spectrum that falls off, outliers."""
 
 from __future__ import annotations
 

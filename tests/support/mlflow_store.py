@@ -1,4 +1,4 @@
-"""A real MLflow store on SQLite. Migrating an empty database takes MLflow six seconds, so tests copy one that is ready."""
+"""A real MLflow store on SQLite: migrating an empty database takes six seconds, so tests copy a ready one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qbrec.tracking.client import connect
 
 
 def copy_store(cache: Path, storage: Path) -> Path:
-    """Put a migrated, empty `mlflow.db` into `storage`; the first call of a session makes the one that is copied."""
+    """Put a migrated, empty `mlflow.db` into `storage`; the first call makes the one that is copied."""
     template = cache / "mlflow-template"
     if not (template / "mlflow.db").exists():
         connect(parse_config({"run": {"storage": str(template)}}))

@@ -12,6 +12,7 @@ import tomllib
 import zipfile
 from copy import deepcopy
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ def pins() -> dict[str, str]:
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:
-    metadata = project()["project"]
-    lines = metadata["optional-dependencies"][extra] if extra else metadata["dependencies"]
+    table = project()["project"]
+    lines = table["optional-dependencies"][extra] if extra else table["dependencies"]
     return [Requirement(line) for line in lines]
 
 
@@ -67,6 +68,22 @@ def test_constraints_are_exact_versions_that_every_index_knows() -> None:
         "mlflow": "3.17.2",
     }
     assert {name: pins()[name] for name in known} == known
+
+
+def test_what_the_requirements_require_is_pinned_too() -> None:
+    seen: set[tuple[str, str]] = set()
+    todo = [*requirements(), *requirements("dev")]
+    while todo:
+        requirement = todo.pop()
+        for extra in ("", *requirement.extras):
+            if (name_of(requirement), extra) in seen:
+                continue
+            seen.add((name_of(requirement), extra))
+            needs = map(Requirement, metadata.requires(requirement.name) or ())
+            todo += [need for need in needs if need.marker is None or need.marker.evaluate({"extra": extra})]
+    # A CUDA build of torch pins NVIDIA's packages itself.
+    ours = {name for name, _ in seen if not name.startswith(("cuda-", "nvidia-", "triton"))}
+    assert ours - set(pins()) == set()
 
 
 def imported_by(folder: Path) -> set[str]:
@@ -232,17 +249,29 @@ def test_shell_scripts_parse(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
+def install(venv: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    script = f"source {ROOT}/launch/install.sh; install_qbrec"
+    env = {**os.environ, "QBREC_VENV": str(venv), **env}
+    return subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=env, capture_output=True, text=True)
+
+
 def test_an_old_python_is_refused_with_a_way_out(tmp_path: Path) -> None:
     old = tmp_path / "python3"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(old), "QBREC_VENV": str(tmp_path / "venv")}
-    script = f"source {ROOT}/launch/install.sh; install_qbrec"
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], env=env, capture_output=True, text=True)
+    done = install(tmp_path / "venv", PYTHON=str(old))
     assert done.returncode != 0
     assert "no Python 3.11 or newer found" in done.stderr
     assert "fix: " in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_a_folder_that_is_no_environment_of_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = install(tmp_path)
+    assert done.returncode != 0
+    assert "is no working virtual environment" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_supported_python_is_what_the_scripts_ask_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -155,7 +156,7 @@ def test_split_rows_covers_everything_once(total: int, world: int) -> None:
         edge for a, b in spans if a != b for edge in (a, b)
     ]
     assert sum(b - a for a, b in spans) == total
-    assert all(b == c for (_, b), (c, _) in zip(spans[:-1], spans[1:], strict=True))
+    assert all(b == c for (_, b), (c, _) in itertools.pairwise(spans))
     assert all(a % GRAIN == 0 for a, b in spans if a != b)
 
 

@@ -1,4 +1,4 @@
-"""RVQ: encoding against brute force, least squares against a dense solve, refinement, dead codes, resuming."""
+"""RVQ: encoding against brute force, least squares against a dense solve, dead codes, resuming."""
 
 from __future__ import annotations
 
@@ -82,9 +82,11 @@ def test_least_squares_equals_a_dense_solve() -> None:
     np.put_along_axis(design, code, 1.0, axis=1)
     old = torch.cat(books.levels).double().numpy()
     want = np.linalg.solve(design.T @ design + RIDGE * np.eye(16), design.T @ x + RIDGE * old)
-    np.testing.assert_allclose(got, want, atol=2e-3)
-    before, after = (((x - design @ c) ** 2).sum() for c in (old, got))
-    assert after < before
+    # Codebooks may shift against each other at next to no cost; what they decode to is determined.
+    np.testing.assert_allclose(design @ got, design @ want, atol=5e-3)
+    before, after, best = (((x - design @ c) ** 2).sum() for c in (old, got, want))
+    assert after < 0.9 * before
+    assert after == pytest.approx(best, rel=1e-5)
 
 
 def test_refinement_lowers_the_held_out_error() -> None:

@@ -22,7 +22,9 @@ from qbrec.storage.artifact import Artifact, ArtifactStore
 ROOT = Path(__file__).parents[2]
 
 
-def evaluation(root: Path, ranks: np.ndarray, *, catalog: str = "c", users: np.ndarray | None = None) -> Artifact:
+def evaluation(
+    root: Path, ranks: np.ndarray, *, catalog: str = "c", users: np.ndarray | None = None
+) -> Artifact:
     store = ArtifactStore(root)
     writer = store.writer("evaluation", f"{abs(hash((ranks.tobytes(), catalog))):064x}")
     writer.prepare()
@@ -30,7 +32,7 @@ def evaluation(root: Path, ranks: np.ndarray, *, catalog: str = "c", users: np.n
     table = pa.table(
         {
             "user": users,
-            "domain": ["pets"] * len(ranks),
+            "domain": np.zeros(len(ranks), np.uint8),
             "target_row": users * 3,
             "qbrec_removed": ranks,
         }
@@ -46,7 +48,9 @@ class TestFolder:
 
     def test_import_finds_the_real_one_from_the_root(self) -> None:
         code = "import importlib.util as u; print(u.find_spec('mlflow').origin)"
-        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         assert "site-packages" in out.stdout
 
     def test_serving_script_is_found(self) -> None:
@@ -59,6 +63,16 @@ class TestFolder:
         gate = load_gate(ROOT / "mlflow" / "gates" / "default.yaml")
         assert gate.min_metrics
         assert gate.other_catalog == "refuse"
+
+    def test_project_calls_commands_that_exist(self) -> None:
+        from mlflow.projects._project_spec import load_project
+
+        from qbrec.cli.run import run
+
+        command = load_project(str(ROOT / "mlflow")).get_entry_point("main").command
+        known = {option for parameter in run.params for option in parameter.opts}
+        assert command.startswith("qbrec run ")
+        assert {word for word in command.split() if word.startswith("--")} <= known
 
     def test_wrong_gate(self, tmp_path: Path) -> None:
         (tmp_path / "gate.yaml").write_text("min_metric: {a: 1}\n")
@@ -84,10 +98,14 @@ class TestInterval:
 
 class TestChecks:
     def test_floors(self) -> None:
-        metrics = {"models": {"qbrec": {"removed": {"ndcg@10": {"mean": 0.2}}}}}
-        gate = GateConfig(min_metrics={"ndcg@10": 0.1, "hr@10": 0.1})
-        unknown, good = check_floors(metrics, gate=gate)
-        assert (good.passed, unknown.passed) == (True, False)
+        cells = {"qbrec": {"removed": {"ndcg@10": {"mean": 0.2}}}}
+        cold = {"qbrec": {"removed": {"ndcg@10": {"mean": 0.01}}}}
+        metrics = {"models": cells, "slices": {"cold": {"models": cold}}}
+        gate = GateConfig(min_metrics={"ndcg@10": 0.1, "hr@10": 0.1, "cold/ndcg@10": 0.1, "gone/hr@1": 0.0})
+        passed = {check.name: check.passed for check in check_floors(metrics, gate=gate)}
+        assert passed.pop("floor ndcg@10")
+        assert len(passed) == 3
+        assert not any(passed.values())
         assert not check_floors(metrics, gate=GateConfig(min_metrics={"ndcg@10": 0.3}))[0].passed
 
     def test_champion(self, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbrec.report.run_log import duration, read_curves, read_timings, record_timing
+from qbrec.report.run_log import duration, read_curves, read_seconds
 from qbrec.report.svg import Interval, Series, bar_chart, interval_chart, line_chart, number, ticks
 
 EVIL = '<script>alert("1")</script>&\'x'
@@ -25,9 +25,7 @@ def parse(figure: str) -> ET.Element:
 
 class TestTicks:
     @settings(max_examples=300, deadline=None)
-    @given(
-        st.floats(-1e9, 1e9, allow_nan=False), st.floats(0, 1e9, allow_nan=False), st.integers(2, 8)
-    )
+    @given(st.floats(-1e9, 1e9, allow_nan=False), st.floats(0, 1e9, allow_nan=False), st.integers(2, 8))
     def test_enclose_and_are_few(self, low: float, width: float, count: int) -> None:
         if 0 < width < 1e-6 * max(1.0, abs(low)):
             width = 0.0  # closer than a chart can show
@@ -38,13 +36,18 @@ class TestTicks:
         assert 2 <= len(found) <= 2 * count + 3
 
     def test_numbers(self) -> None:
-        assert [number(v) for v in (0.12345, 12345, 2_500_000, float("nan"))] == ["0.1235", "12.35k", "2.5M", "–"]
+        assert [number(v) for v in (0.12345, 12345, 2_500_000, float("nan"))] == [
+            "0.1235",
+            "12.35k",
+            "2.5M",
+            "–",
+        ]
 
 
 class TestCharts:
     def test_escape_and_well_formed(self) -> None:
         figures = [
-            line_chart([Series(EVIL, [(0, 1), (1, 2)]), Series("b", [(0, 3)])], title=EVIL, x_label=EVIL),
+            line_chart([Series(EVIL, [(0, 1), (1, 2)]), Series("b", [(0, 3)])], title=EVIL, x_label="x"),
             bar_chart([EVIL, "b"], [1.0, 2.0], title=EVIL, x_label=EVIL),
             interval_chart([Interval(EVIL, 0.2, 0.1, 0.3, strong=True)], title=EVIL, x_label=EVIL),
         ]
@@ -81,10 +84,10 @@ class TestRunLog:
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"time": 1, "sta')
         assert read_curves(tmp_path) == {"fusion": {"loss": [(5.0, 2.0), (10.0, 1.0)]}}
 
-    def test_timings(self, tmp_path: Path) -> None:
-        record_timing(tmp_path, "fusion", seconds=12.5)
-        record_timing(tmp_path, "fusion", seconds=0.01, reused=True)
-        assert read_timings(tmp_path) == {"fusion": {"seconds": 12.5, "reused": True}}
+    def test_seconds(self, tmp_path: Path) -> None:
+        assert read_seconds(tmp_path) == {}
+        (tmp_path / "run.json").write_text('{"stages": {"fusion": {"key": "k", "seconds": 12.5}}}')
+        assert read_seconds(tmp_path) == {"fusion": 12.5}
 
     def test_duration(self) -> None:
         texts = [duration(s) for s in (0.2, 42, 185, 7800)]

@@ -23,12 +23,16 @@ from qbrec.storage.artifact import ArtifactStore
 from qbrec.storage.ragged import Ragged
 
 LEVELS = (7, 5, 3)
-IDS = np.stack([np.random.default_rng(level).integers(0, k, 40) for level, k in enumerate(LEVELS)], 1).astype(np.uint8)
+IDS = np.stack([np.random.default_rng(level).integers(0, k, 40) for level, k in enumerate(LEVELS)], 1).astype(
+    np.uint8
+)
 
 
 def encoder(**changes: Any) -> SequenceEncoder:
     torch.manual_seed(1)
-    config = SequenceConfig(**{"width": 16, "layers": 2, "heads": 2, "dropout": 0.0, "max_items": 9, **changes})
+    config = SequenceConfig(
+        **{"width": 16, "layers": 2, "heads": 2, "dropout": 0.0, "max_items": 9, **changes}
+    )
     return SequenceEncoder(config, Vocabulary(LEVELS, ("one", "two"))).eval()
 
 
@@ -87,9 +91,12 @@ def test_attention_equals_a_padded_one_with_a_mask() -> None:
     valid = torch.arange(6) < torch.tensor([len(s) for s in sequences])[:, None]
     h = block.attention_norm(padded)
     query, key, value = (
-        part.view(6, 6, 2, 8).transpose(1, 2) for part in functional.linear(h, block.qkv.weight, block.qkv.bias).chunk(3, -1)
+        part.view(6, 6, 2, 8).transpose(1, 2)
+        for part in functional.linear(h, block.qkv.weight, block.qkv.bias).chunk(3, -1)
     )
-    weights = (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~valid[:, None, None], -torch.inf).softmax(-1)
+    weights = (
+        (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~valid[:, None, None], -torch.inf).softmax(-1)
+    )
     y = padded + block.attention_output((weights @ value).transpose(1, 2).reshape(6, 6, 16))
     y = y + block.down(functional.gelu(block.up(block.feed_norm(y)), approximate="tanh"))
     torch.testing.assert_close(block(x, groups, None), y[valid], atol=1e-5, rtol=1e-4)
@@ -119,7 +126,9 @@ def test_position_counts_from_the_end_and_order_matters() -> None:
         forward = recommender.code_log_probs(Ragged.from_lists(rows.tolist()), 0)
         backward = recommender.code_log_probs(Ragged.from_lists(rows[:, ::-1].tolist()), 0)
         assert (forward - backward).nan_to_num().abs().max() > 1e-6
-        assert (forward - recommender.code_log_probs(Ragged.from_lists(rows.tolist()), 1)).nan_to_num().abs().max() > 1e-6
+        assert (
+            forward - recommender.code_log_probs(Ragged.from_lists(rows.tolist()), 1)
+        ).nan_to_num().abs().max() > 1e-6
 
 
 def test_outputs_cover_the_own_level_only() -> None:
@@ -193,7 +202,7 @@ def test_training_finds_a_rule() -> None:
     task = MaskedTask(
         module, semantic_ids=IDS, masks=MaskConfig(span=0.0, tail=1.0, multi_region=0.0, partial=0.0), seed=0
     )
-    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=5e-3)
     starts = np.arange(40)
     rows = Ragged.from_lists([[(s + i) % 40 for i in range(4)] for s in starts])
     for epoch in range(100):

@@ -49,7 +49,9 @@ def test_vocabulary_gives_every_token_its_own_id() -> None:
         vocabulary.name(vocabulary.size)
 
 
-@pytest.mark.parametrize(("levels", "domains"), [((), ("a",)), ((4, 0), ("a",)), ((4,), ()), ((4,), ("a", "a"))])
+@pytest.mark.parametrize(
+    ("levels", "domains"), [((), ("a",)), ((4, 0), ("a",)), ((4,), ()), ((4,), ("a", "a"))]
+)
 def test_vocabulary_refuses_what_cannot_be(levels: tuple[int, ...], domains: tuple[str, ...]) -> None:
     with pytest.raises(DataError):
         Vocabulary(levels, domains)
@@ -59,9 +61,12 @@ def test_uniform_numbers_are_uniform_and_independent_of_each_other() -> None:
     samples = torch.arange(40_000)
     base = {"seed": (1 << 63) - 5, "epoch": 7, "purpose": 2}
     draws = [uniform(samples, **base, index=index) for index in range(3)]
-    draws += [uniform(samples, **{**base, key: value}) for key, value in (("seed", 4), ("epoch", 8), ("purpose", 3))]
+    draws += [
+        uniform(samples, **{**base, key: value}) for key, value in (("seed", 4), ("epoch", 8), ("purpose", 3))
+    ]
     for u in draws:
-        assert 0 <= float(u.min()) and float(u.max()) < 1
+        assert float(u.min()) >= 0
+        assert float(u.max()) < 1
         counts = np.histogram(u.numpy(), bins=20, range=(0, 1))[0]
         assert ((counts - 2000) ** 2 / 2000).sum() < 60  # chi-square, 19 degrees of freedom
     assert np.abs(np.corrcoef(torch.stack(draws).numpy()) - np.eye(len(draws))).max() < 0.03
@@ -76,7 +81,9 @@ def test_uniform_numbers_are_uniform_and_independent_of_each_other() -> None:
     st.integers(0, 1000),
     st.floats(0.0, 1.0),
 )
-def test_each_sample_is_masked_as_if_it_were_alone(lengths: list[int], kind: str, epoch: int, ratio: float) -> None:
+def test_each_sample_is_masked_as_if_it_were_alone(
+    lengths: list[int], kind: str, epoch: int, ratio: float
+) -> None:
     masks = config(kind, partial=0.3, ratio=ratio)
     together = draw(lengths, masks, epoch=epoch)
     for index, length in enumerate(lengths):
@@ -104,7 +111,9 @@ def test_multi_region_hides_separate_items() -> None:
 
 def test_every_position_is_hidden_at_times() -> None:
     for kind in ("span", "multi_region"):
-        rate = np.mean([draw([8] * 200, config(kind, ratio=0.25), epoch=epoch) for epoch in range(5)], (0, 1))[:, 0]
+        rate = np.mean(
+            [draw([8] * 200, config(kind, ratio=0.25), epoch=epoch) for epoch in range(5)], (0, 1)
+        )[:, 0]
         assert (rate > 0.05).all(), (kind, rate)
 
 

@@ -1,0 +1,1 @@
+"""Every test user, every item, every baseline: ranks, metrics with intervals, slices, paired differences."""

@@ -1,0 +1,136 @@
+"""Who is evaluated on what: contexts, targets and candidates; and the ranks a model reaches on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qbrec.errors import DataError
+from qbrec.ranking.scorer import Scorer
+from qbrec.ranking.topk import ranks_both, tie_rank, top_k
+from qbrec.ranking.validate import HistoriesLike, batch_rows, contexts_and_targets, test_users
+from qbrec.storage.ragged import Ragged
+
+COVERAGE_AT = 10
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """All test users of the target domain.
+
+    Attributes:
+        users: Index of each user's history among the domain's histories, int64 [B].
+        domain: Domain code of each, [B].
+        contexts: All items before the test target, oldest first; the seen filter reads all of them.
+        targets: Item row to be found, int64 [B].
+        allowed: Candidates, bool [N].
+        ties: Order of equal scores, int64 [N].
+    """
+
+    __test__ = False  # pytest: no test class
+
+    users: NDArray[np.int64]
+    domain: NDArray[np.uint8]
+    contexts: Ragged
+    targets: NDArray[np.int64]
+    allowed: NDArray[np.bool_]
+    ties: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def num_items(self) -> int:
+        """Items of the catalogue, over all domains."""
+        return len(self.ties)
+
+    @classmethod
+    def build(
+        cls,
+        histories: HistoriesLike,
+        *,
+        allowed: NDArray[np.bool_],
+        train_counts: NDArray[np.int64],
+        max_users: int = 0,
+        seed: int = 0,
+    ) -> TestSet:
+        """Users with a test target `rows[cut1]` and at least one item before it.
+
+        Args:
+            histories: Histories of the target domain.
+            allowed: Items of the target domain, bool [N].
+            train_counts: Interactions of each item in the training part, [N].
+            max_users: Users drawn at random with `seed`; 0: all.
+            seed: Of that draw.
+
+        Raises:
+            DataError: Nobody has a test target.
+        """
+        users = test_users(histories)
+        if not len(users):
+            raise DataError(
+                "no user has a test interaction, so there is nothing to evaluate",
+                where="catalog artifact",
+                fix="bring users with at least three interactions, or a later `catalog.test_fraction`",
+            )
+        if 0 < max_users < len(users):
+            users = np.sort(np.random.default_rng(seed).choice(users, max_users, replace=False))
+        contexts, targets = contexts_and_targets(histories, users, part=1)
+        domain = np.asarray(histories.domain)[users]
+        return cls(users, domain, contexts, targets, np.asarray(allowed), tie_rank(train_counts))
+
+
+@dataclass(frozen=True)
+class ModelRanks:
+    """What one model reached.
+
+    Attributes:
+        kept: Rank of each target among all candidates, int64 [B].
+        removed: The same with the user's seen items out of the race, int64 [B].
+        coverage: Share of the candidates that are in anybody's top 10 (seen removed).
+    """
+
+    kept: NDArray[np.int64]
+    removed: NDArray[np.int64]
+    coverage: float
+
+    def of(self, mode: str) -> NDArray[np.int64]:
+        """Ranks of one mode, `kept` or `removed`."""
+        return self.kept if mode == "kept" else self.removed
+
+
+def rank_model(
+    scorer: Scorer,
+    test: TestSet,
+    *,
+    batch_users: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> ModelRanks:
+    """Rank every test target over the full catalogue.
+
+    Args:
+        scorer: The model.
+        test: Users, targets and candidates.
+        batch_users: Users scored at once (fewer on huge catalogues).
+        on_batch: Called with the number of users done, for progress.
+    """
+    kept, removed = np.empty((2, len(test)), np.int64)
+    recommended = np.zeros(test.num_items, bool)
+    k = min(COVERAGE_AT, test.num_items)
+    step = batch_rows(batch_users, test.num_items)
+    for begin in range(0, len(test), step):
+        batch = slice(begin, min(begin + step, len(test)))
+        contexts = test.contexts.slice(batch.start, batch.stop)
+        scores = scorer.scores(contexts, test.domain[batch])
+        kept[batch], removed[batch] = ranks_both(
+            scores, test.targets[batch], tie_rank=test.ties, seen=contexts, allowed=test.allowed
+        )
+        best, _ = top_k(scores, k, tie_rank=test.ties, exclude=contexts, allowed=test.allowed)
+        rows = best.cpu().numpy().ravel()
+        recommended[rows[rows >= 0]] = True
+        if on_batch is not None:
+            on_batch(batch.stop - batch.start)
+    return ModelRanks(kept, removed, float(recommended.sum() / test.allowed.sum()))

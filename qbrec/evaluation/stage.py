@@ -1,0 +1,140 @@
+"""The evaluation stage: qbrec and every baseline, all test users, the full catalogue of the target domain."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from qbrec.baselines import ItemKNN, Popularity
+from qbrec.baselines.itemknn import TUNING_USERS
+from qbrec.config import RootConfig
+from qbrec.engine.context import StageContext
+from qbrec.evaluation.bootstrap import CONFIDENCE
+from qbrec.evaluation.protocol import ModelRanks, TestSet, rank_model
+from qbrec.evaluation.results import MODEL, MODES, summarise
+from qbrec.evaluation.slices import test_slices
+from qbrec.ranking import FactorisedScorer, Scorer
+from qbrec.ranking.validate import validation_users
+from qbrec.sequence.recommender import SequenceRecommender
+from qbrec.storage.artifact import Artifact
+from qbrec.storage.catalog_view import CatalogView, Histories
+
+
+def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
+    """Rank, compare, write `metrics.json` (layout: `evaluation.results`) and `ranks.parquet`.
+
+    Args:
+        ctx: Context of one process.
+        config: `evaluation`, `ranking.chunk_items` and the target domain are read.
+        inputs: `catalog`, `quantizer`, `finetune`.
+
+    Raises:
+        DataError: The target domain has no test user, or an input is damaged or belongs to another run.
+    """
+    assert ctx.world == 1, "evaluation runs in one process"
+    domain = config.data.target_domain
+    catalog = CatalogView(inputs["catalog"])
+    histories = catalog.load_histories(domain)
+    counts = np.asarray(catalog.train_counts)
+    allowed = np.asarray(catalog.domain_mask(domain))
+    test = TestSet.build(
+        histories,
+        allowed=allowed,
+        train_counts=counts,
+        max_users=config.evaluation.max_users,
+        seed=ctx.sub_seed("evaluation/users"),
+    )
+    settings: dict[str, dict[str, float]] = {}
+    models: dict[str, Scorer] = {MODEL: _model(ctx, config, inputs)}
+    for baseline in config.evaluation.baselines:
+        if baseline == "popularity":
+            models[baseline] = Popularity(counts)
+        else:
+            knn = _itemknn(ctx, histories, allowed=allowed)
+            models[baseline] = knn
+            settings[baseline] = {"alpha": knn.alpha, "decay": knn.decay}
+    ranks = {}
+    for name, scorer in models.items():
+        progress = ctx.progress(len(test), f"rank all items: {name}")
+        ranks[name] = rank_model(
+            scorer, test, batch_users=config.evaluation.batch_users, on_batch=progress.update
+        )
+        progress.close()
+    slices = test_slices(test, train_counts=counts, duplicate_group=np.asarray(catalog.duplicate_group))
+    metrics = summarise(
+        ranks, slices, resamples=config.evaluation.bootstrap, seed=ctx.sub_seed("evaluation/bootstrap")
+    )
+    metrics["settings"] = settings
+    metrics["protocol"] = {
+        "domain": domain,
+        "split": config.catalog.split,
+        "num_users": len(test),
+        "num_candidates": int(allowed.sum()),
+        "bootstrap": config.evaluation.bootstrap,
+        "confidence": CONFIDENCE,
+    }
+    ours = metrics["models"][MODEL]["removed"]
+    ctx.log_metrics(0, {metric: cell["mean"] for metric, cell in ours.items()})
+    writer = ctx.writer()
+    writer.save_json("metrics.json", metrics)
+    writer.write_bytes("ranks.parquet", _parquet(ranks_table(test, histories, ranks=ranks, slices=slices)))
+    meta = {
+        "domain": domain,
+        "num_users": len(test),
+        "models": list(models),
+        **{metric: ours[metric]["mean"] for metric in ("hr@10", "ndcg@10")},
+    }
+    return ctx.commit(writer, meta=meta, inputs=inputs)
+
+
+def _model(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Scorer:
+    semantic_ids = inputs["quantizer"].load_npy("semantic_ids.npy")
+    encoder = SequenceRecommender.load(inputs["finetune"], semantic_ids=semantic_ids, device=ctx.device)
+    return FactorisedScorer(encoder, semantic_ids=semantic_ids, chunk_items=config.ranking.chunk_items)
+
+
+def _itemknn(ctx: StageContext, histories: Histories, *, allowed: NDArray[np.bool_]) -> ItemKNN:
+    training = histories.rows.prefix(np.asarray(histories.cut)[:, 0])
+    progress = ctx.progress(min(len(validation_users(histories)), TUNING_USERS), "tune ItemKNN on validation")
+    knn = ItemKNN.fit(training, num_items=len(allowed)).tuned(
+        histories, allowed=allowed, seed=ctx.sub_seed("evaluation/itemknn"), on_batch=progress.update
+    )
+    progress.close()
+    return knn
+
+
+def ranks_table(
+    test: TestSet,
+    histories: Histories,
+    *,
+    ranks: Mapping[str, ModelRanks],
+    slices: Mapping[str, NDArray[np.bool_]],
+) -> pa.Table:
+    """One row per test user, in the order of histories.
+
+    Columns: `user`, `domain`, `target_row`, `history_length`, `<model>_<mode>` (rank), `in_<slice>`.
+    """
+    columns = {
+        "user": pa.array(np.asarray(histories.user)[test.users], pa.int64()),
+        "domain": pa.array(test.domain, pa.uint8()),
+        "target_row": pa.array(test.targets, pa.int64()),
+        "history_length": pa.array(test.contexts.lengths, pa.int32()),
+    }
+    for model, result in ranks.items():
+        for mode in MODES:
+            columns[f"{model}_{mode}"] = pa.array(result.of(mode), pa.int32())
+    for name, member in slices.items():
+        if name != "all":
+            columns[f"in_{name}"] = pa.array(member)
+    return pa.table(columns)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()

@@ -1,0 +1,71 @@
+"""The final table on the terminal: qbrec beside its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qbrec.evaluation.results import MODEL, MODES
+
+SHOWN = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10")
+NAME_WIDTH, CELL_WIDTH = 16, 18
+
+
+def format_table(metrics: Mapping[str, Any]) -> str:
+    """Metrics with 95 % intervals and paired differences, at most 108 columns wide.
+
+    Args:
+        metrics: The document `metrics.json` of an evaluation artifact (layout: `evaluation.results`).
+    """
+    protocol = metrics["protocol"]
+    lines = [
+        f"Full-catalogue ranking on {protocol['domain']}: {protocol['num_users']:,} users, "
+        f"{protocol['num_candidates']:,} items; 95 % intervals over users"
+    ]
+    models = sorted(metrics["models"], key=lambda name: (name != MODEL, name != "itemknn", name))
+    for mode in MODES:
+        lines += ["", _row(f"seen {mode}", [name.upper() for name in SHOWN])]
+        lines.append("─" * len(_row("", ["x"] * len(SHOWN)).ljust(NAME_WIDTH + CELL_WIDTH * len(SHOWN))))
+        for model in models:
+            cells = metrics["models"][model][mode]
+            lines.append(_row(model, [_with_interval(cells[name]) for name in SHOWN]))
+        for model in models:
+            if model in metrics["paired"]:
+                cells = metrics["paired"][model][mode]
+                lines.append(_row(f"  vs {model}", [_difference(cells[name]) for name in SHOWN]))
+                lines.append(_row("", [_signed_interval(cells[name]) for name in SHOWN]))
+    lines += ["", "coverage@10     " + "   ".join(f"{m} {metrics['coverage'][m]:.1%}" for m in models)]
+    parts = [f"{name} {part['num_users']:,}" for name, part in metrics["slices"].items() if name != "all"]
+    lines.append("users by slice  " + "   ".join(parts))
+    duplicates = metrics["slices"]["non_duplicate"]["models"]
+    if duplicates:
+        values = "   ".join(f"{m} {_number(duplicates[m]['removed']['ndcg@10']['mean'])}" for m in models)
+        lines.append(f"NDCG@10 without users who saw a duplicate of their target: {values}")
+    if metrics["paired"]:
+        lines.append(f"vs: {MODEL} minus that model, paired by user; * the interval excludes 0")
+    return "\n".join(lines)
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return (name.ljust(NAME_WIDTH) + "".join(cell.ljust(CELL_WIDTH) for cell in cells)).rstrip()
+
+
+def _number(value: float) -> str:
+    text = f"{value:.4f}"
+    return text[1:] if text.startswith("0.") else text[:5]
+
+
+def _signed(value: float) -> str:
+    return ("-" if value < 0 else "+") + _number(abs(value))
+
+
+def _with_interval(cell: Mapping[str, float]) -> str:
+    return f"{_number(cell['mean'])} {_number(cell['low'])}-{_number(cell['high'])}"
+
+
+def _difference(cell: Mapping[str, float]) -> str:
+    return _signed(cell["mean"]) + ("*" if cell["low"] > 0 or cell["high"] < 0 else "")
+
+
+def _signed_interval(cell: Mapping[str, float]) -> str:
+    return f"{_signed(cell['low'])} {_signed(cell['high'])}"

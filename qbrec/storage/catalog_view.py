@@ -1,0 +1,172 @@
+"""Reading side of the catalogue artifact, for every later stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qbrec.errors import DataError
+from qbrec.storage.artifact import Artifact
+from qbrec.storage.blocks import BlockSet, RaggedField
+from qbrec.storage.hashing import hash64
+from qbrec.storage.ragged import Ragged
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Rows = NDArray[np.int64] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Histories of users in memory, in the order of user numbers.
+
+    Attributes:
+        user: User number, int64 [U].
+        domain: Domain number, uint8 [U].
+        rows: Item rows of each user, oldest first.
+        times: Timestamp of each interaction.
+        cut: History-relative start of validation and test, int32 [U, 2]; [n, n] where a history trains only.
+    """
+
+    user: NDArray[np.int64]
+    domain: NDArray[np.uint8]
+    rows: Ragged
+    times: Ragged
+    cut: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+
+class CatalogView:
+    """What later stages ask of a catalogue; arrays and tables are mapped and opened when first asked for."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        if artifact.kind != "catalog":
+            raise DataError(f"this is a {artifact.kind} artifact, not a catalogue", where=str(artifact.path))
+        self.artifact = artifact
+
+    @property
+    def num_items(self) -> int:
+        """Number of items: rows are 0 … num_items - 1."""
+        return int(self.artifact.meta["num_items"])
+
+    @property
+    def domains(self) -> list[str]:
+        """Domain names, by number."""
+        return list(self.artifact.meta["domains"])
+
+    def items(self) -> BlockSet:
+        """Blocks of item features, in row order."""
+        return BlockSet.open(self.artifact, "items")
+
+    def histories(self) -> BlockSet:
+        """Blocks of user histories, in user order."""
+        return BlockSet.open(self.artifact, "histories")
+
+    @cached_property
+    def train_counts(self) -> NDArray[np.int64]:
+        """Interactions of each item in the training parts, int64 [N]."""
+        return self.artifact.load_npy("train_counts.npy")
+
+    @cached_property
+    def duplicate_group(self) -> NDArray[np.int64]:
+        """First row of equal content for each row (its own, where there is no other), int64 [N]."""
+        return self.artifact.load_npy("duplicates.npy")
+
+    @cached_property
+    def item_domain(self) -> NDArray[np.uint8]:
+        """Domain number of each row, uint8 [N]."""
+        return self.artifact.load_npy("item_domain.npy")
+
+    def domain_number(self, domain: str) -> int:
+        """Number of a domain.
+
+        Raises:
+            DataError: There is no such domain.
+        """
+        if domain not in self.domains:
+            raise DataError(
+                f"there is no domain {domain!r}",
+                where=str(self.artifact.path),
+                fix=f"name one of {', '.join(self.domains)}",
+            )
+        return self.domains.index(domain)
+
+    def domain_mask(self, domain: str) -> NDArray[np.bool_]:
+        """Which rows belong to a domain, bool [N]."""
+        return np.asarray(self.item_domain == self.domain_number(domain))
+
+    def item_ids(self, rows: Rows) -> list[str]:
+        """Item ids of rows, in their order."""
+        return self._display("item_id", rows)
+
+    def titles(self, rows: Rows) -> list[str]:
+        """Titles of rows; empty where an item has none."""
+        return [title or "" for title in self._display("title", rows)]
+
+    def brands(self, rows: Rows) -> list[str]:
+        """Brands of rows; empty where an item has none."""
+        return [brand or "" for brand in self._display("brand", rows)]
+
+    def categories(self, rows: Rows) -> list[list[str]]:
+        """Category paths of rows, root first."""
+        return [path or [] for path in self._display("categories", rows)]
+
+    def display(self, rows: Rows) -> pa.Table:
+        """All display columns of rows: row, domain, item_id, title, brand, categories and further ones."""
+        return self._table.take(np.asarray(rows, dtype=np.int64))
+
+    def lookup(self, item_ids: Sequence[str], domain: str) -> NDArray[np.int64]:
+        """Rows of item ids of a domain, int64 [n]; -1 where an id is unknown."""
+        self.domain_number(domain)
+        wanted = hash64(domain, item_ids)
+        hashes = self._hashes
+        # Sorted queries walk the mapped index once.
+        order = np.argsort(wanted)
+        place = np.searchsorted(hashes, wanted[order])
+        hit = hashes[np.minimum(place, len(hashes) - 1)] == wanted[order]
+        rows = np.empty(len(wanted), dtype=np.int64)
+        rows[order] = np.where(hit, place, -1)
+        return rows
+
+    def user_ids(self, users: Rows) -> list[str]:
+        """User ids of user numbers, in their order."""
+        ids: list[str] = self._users["user_id"].take(np.asarray(users, dtype=np.int64)).to_pylist()
+        return ids
+
+    def load_histories(self, domain: str | None = None) -> Histories:
+        """Histories of all users, or of one domain's, in memory."""
+        blocks = self.histories()
+        rows = blocks.ragged(RaggedField("row", offsets="offset"))
+        times = blocks.ragged(RaggedField("time", offsets="offset"))
+        numbers = blocks.column("domain")
+        user, cut = blocks.column("user"), blocks.column("cut")
+        if domain is None or len(self.domains) == 1:
+            if domain is not None:
+                self.domain_number(domain)
+            return Histories(user, numbers, rows, times, cut)
+        mine = np.flatnonzero(numbers == self.domain_number(domain))
+        return Histories(user[mine], numbers[mine], rows.take(mine), times.take(mine), cut[mine])
+
+    @cached_property
+    def _hashes(self) -> NDArray[np.uint64]:
+        return self.artifact.load_npy("hashes.npy")
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return self.artifact.load_table("items.arrow")
+
+    @cached_property
+    def _users(self) -> pa.Table:
+        return self.artifact.load_table("users.arrow")
+
+    def _display(self, column: str, rows: Rows) -> list[Any]:
+        values: list[Any] = self._table[column].take(np.asarray(rows, dtype=np.int64)).to_pylist()
+        return values
