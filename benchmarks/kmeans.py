@@ -138,9 +138,8 @@ def main() -> None:
         errors = {v: inertia(x, np.load(f"{folder}/{v}-0.npy")) for v in VARIANTS}
     seconds = {v: statistics.median(t) for v, t in times.items()}
     for v in VARIANTS:
-        print(
-            f"{v:<12} {seconds[v]:6.2f} s   inertia {errors[v]:.5f}   rounds {[round(t, 2) for t in times[v]]}"
-        )
+        rounds = [round(t, 2) for t in times[v]]
+        print(f"{v:<12} {seconds[v]:6.2f} s   inertia {errors[v]:.5f}   rounds {rounds}")
     result = {
         "speedup_vs_faiss": seconds["faiss"] / seconds["ours"],
         "inertia_ratio": errors["ours"] / errors["faiss"],

@@ -32,10 +32,12 @@ class Pipeline:
             raise ConfigError(
                 "no input: data.domains is empty",
                 where="data.domains",
-                fix="name at least one: data: {domains: {shop: {items: items.parquet, interactions: inter.parquet}}}",
+                fix="name at least one: data: {domains: {shop: {items: …, interactions: …}}}",
             )
         storage = Path(config.run.storage).resolve()
-        self.config = config.model_copy(update={"run": config.run.model_copy(update={"storage": str(storage)})})
+        self.config = config.model_copy(
+            update={"run": config.run.model_copy(update={"storage": str(storage)})}
+        )
         self.store = ArtifactStore(storage)
         self.run_dir = run_directory(self.config)
         self.artifacts: dict[str, Artifact] = {}
@@ -151,11 +153,12 @@ class Pipeline:
             dist.barrier()
 
     def register(self) -> str | None:
-        """Register the model unless this very model is registered; its version, or None where it is switched off."""
+        """Register the model unless this very one is registered; its version, None where switched off."""
         if not (self.config.registry.enabled and self.config.tracking.enabled):
             return None
         from qbrec.registry.versions import register
 
+        self.tracker.flush()  # the version hangs on the run's own MLflow run
         artifacts = {name: self.artifacts[name] for name in STAGES}
         return register(self.config, self.run_dir, artifacts)
 

@@ -51,7 +51,8 @@ class RunRecord:
 
         Args:
             config: The configuration.
-            resume: `auto` goes on where there is something to go on from, `must` insists on it, `never` refuses.
+            resume: `auto` goes on where there is something to go on from, `must` insists on it, `never`
+                refuses.
 
         Raises:
             ConfigError: The name is in use with another configuration, or `resume` does not fit.
@@ -70,7 +71,9 @@ class RunRecord:
         except BlockingIOError:
             lock.close()
             raise LaunchError(
-                "another process is running this run", where=str(path), fix="wait for it, or choose another run.name"
+                "another process is running this run",
+                where=str(path),
+                fix="wait for it, or choose another run.name",
             ) from None
         record = cls.load(path)
         record._lock = lock
@@ -80,7 +83,7 @@ class RunRecord:
             raise ConfigError(
                 f"the run name {config.run.name!r} is in use with another configuration",
                 where=str(path / "config.yaml"),
-                fix="choose another run.name (finished stages are shared between runs), or delete that folder",
+                fix="choose another run.name (runs share finished stages), or delete that folder",
             )
         record.digest = digest
         write_atomic(path / "config.yaml", dump_config(config).encode())

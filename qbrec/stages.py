@@ -38,7 +38,11 @@ class Stage:
 
 
 def _catalog(config: RootConfig) -> dict[str, Any]:
-    return {"catalog": _dump(config.catalog), "domains": list(config.data.domains), "target": config.data.target_domain}
+    return {
+        "catalog": _dump(config.catalog),
+        "domains": list(config.data.domains),
+        "target": config.data.target_domain,
+    }
 
 
 def _pretrain(config: RootConfig) -> dict[str, Any]:
@@ -48,7 +52,11 @@ def _pretrain(config: RootConfig) -> dict[str, Any]:
 
 
 def _finetune(config: RootConfig) -> dict[str, Any]:
-    return {"sequence": _dump(config.sequence), "scorer": config.ranking.scorer, "target": config.data.target_domain}
+    return {
+        "sequence": _dump(config.sequence),
+        "scorer": config.ranking.scorer,
+        "target": config.data.target_domain,
+    }
 
 
 def _evaluation(config: RootConfig) -> dict[str, Any]:
@@ -64,7 +72,9 @@ def _dump(section: Any) -> dict[str, Any]:
     tree: dict[str, Any] = section.model_dump(mode="json")
     for name in ("train", "pretrain", "finetune"):
         if isinstance(tree.get(name), dict):
-            tree[name] = {k: v for k, v in tree[name].items() if k not in ("checkpoint_every", "keep_checkpoints")}
+            tree[name] = {
+                k: v for k, v in tree[name].items() if k not in ("checkpoint_every", "keep_checkpoints")
+            }
     return tree
 
 

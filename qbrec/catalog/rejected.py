@@ -95,7 +95,8 @@ def settle(
             raise DataError(
                 f"{bad.num_rows} of {total} rows of {role} in domain {domain.name!r} are bad ({listed}): "
                 f"more than catalog.max_rejected_fraction = {max_fraction:g} allows",
-                where=f"{paths[domain.number][row['file']]}, row {row['row']} (from 0), {column}{value}: {what}",
+                where=f"{paths[domain.number][row['file']]}, row {row['row']} (from 0), "
+                f"{column}{value}: {what}",
                 fix=f"{_REMEDIES[what]}; all of them are listed in {path}",
             )
     return dict(Counter(table["reason"].to_pylist()))

@@ -136,7 +136,7 @@ def ray_data() -> Iterator[None]:
             raise _rebuilt(cause) from None
         inner = getattr(error, "cause", None) or error
         raise LaunchError(
-            f"a Ray task of the catalogue failed: {type(inner).__name__}: {(str(inner).splitlines() or [''])[0]}",
+            f"a Ray task failed: {type(inner).__name__}: {(str(inner).splitlines() or [''])[0]}",
             where="catalog",
             fix="look for memory or disk running out on the workers; the run resumes where it stopped",
         ) from error

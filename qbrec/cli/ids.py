@@ -21,14 +21,22 @@ def ids() -> None:
 @ids.command()
 @config_options
 @click.argument("items", nargs=-1, metavar="[ITEM]...")
-@click.option("--sample", type=click.IntRange(min=1), default=5, show_default=True, help="Items shown if none is named.")
+@click.option(
+    "--sample", type=click.IntRange(min=1), default=5, show_default=True, help="Items shown if none is named."
+)
 @click.option("--domain", help="Domain of the items; default: the target domain.")
-def show(config_path: str | None, overrides: tuple[str, ...], items: tuple[str, ...], sample: int, domain: str | None) -> None:
+def show(
+    config_path: str | None,
+    overrides: tuple[str, ...],
+    items: tuple[str, ...],
+    sample: int,
+    domain: str | None,
+) -> None:
     """Semantic ID and label of items; of a few popular ones where none is named.
 
     \b
     Example:
-      qbrec ids show --config launch/quickstart.yaml item-000017 item-000230
+      qbrec ids show --config launch/quickstart.yaml i000000017 i000000230
     """
     from qbrec.config import load_config
     from qbrec.errors import DataError

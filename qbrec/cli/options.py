@@ -39,7 +39,9 @@ def resume_option(function: Function) -> Function:
 
 def num_workers_option(function: Function) -> Function:
     """`--workers N`, short for --set compute.num_workers=N."""
-    return click.option("--workers", type=click.IntRange(min=1), help="Short for --set compute.num_workers=N.")(function)
+    return click.option(
+        "--workers", type=click.IntRange(min=1), help="Short for --set compute.num_workers=N."
+    )(function)
 
 
 def with_workers(overrides: tuple[str, ...], workers: int | None) -> tuple[str, ...]:

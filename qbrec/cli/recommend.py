@@ -29,7 +29,7 @@ def recommend(
 
     \b
     Example:
-      qbrec recommend --config launch/quickstart.yaml --history item-000017 item-000230 --k 5
+      qbrec recommend --config launch/quickstart.yaml --history i000000017 i000000230 --k 5
     """
     from qbrec.config import load_config
     from qbrec.pipeline import finished_artifacts
@@ -43,6 +43,7 @@ def recommend(
         return
     for rank, item in enumerate(items, 1):
         click.echo(
-            f"{rank:>3}  {item['item_id']:<20} {item['score']:>9.3f}  {item['semantic_id']:<22} {item['label']}\n"
+            f"{rank:>3}  {item['item_id']:<20} {item['score']:>9.3f}  {item['semantic_id']:<22} "
+            f"{item['label']}\n"
             f"     {item['title']}"
         )

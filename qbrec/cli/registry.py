@@ -31,11 +31,19 @@ def register(config_path: str | None, overrides: tuple[str, ...]) -> None:
 @click.command()
 @config_options
 @click.option("--version", "number", help="Version to promote; default: @challenger.")
-@click.option("--gate", "gate_file", type=click.Path(exists=True, dir_okay=False), help="YAML gate, e.g. mlflow/gates/default.yaml.")
-def promote(config_path: str | None, overrides: tuple[str, ...], number: str | None, gate_file: str | None) -> None:
+@click.option(
+    "--gate",
+    "gate_file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="YAML gate, e.g. mlflow/gates/default.yaml.",
+)
+def promote(
+    config_path: str | None, overrides: tuple[str, ...], number: str | None, gate_file: str | None
+) -> None:
     """Judge a version by the gate and, if it passes, give it @champion.
 
-    The champion until then becomes @previous. A gate that says no ends with exit code 6 and leaves all aliases.
+    The champion until then becomes @previous. A gate that says no ends with exit code 6 and leaves all
+    aliases.
 
     \b
     Example:

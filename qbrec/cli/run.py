@@ -14,7 +14,8 @@ from qbrec.cli.options import config_options, num_workers_option, resume_option,
 def run(config_path: str | None, overrides: tuple[str, ...], workers: int | None, resume: str) -> None:
     """Catalog, fusion, quantizer, pretraining, fine-tuning, evaluation, registration, report.
 
-    Stages that are up to date are skipped; one that was cut off goes on from its last checkpoint. It ends with a
+    Stages that are up to date are skipped; one that was cut off goes on from its last checkpoint. It ends
+    with a
     table: qbrec beside the baselines, over the full catalogue, with 95 % intervals.
 
     \b
@@ -24,6 +25,7 @@ def run(config_path: str | None, overrides: tuple[str, ...], workers: int | None
       torchrun --nproc-per-node 2 -m qbrec run --config shop.yaml
     """
     from qbrec.config import load_config
+    from qbrec.errors import RegistryError
     from qbrec.pipeline import Pipeline
 
     config = load_config(config_path, overrides=with_workers(overrides, workers))
@@ -31,7 +33,16 @@ def run(config_path: str | None, overrides: tuple[str, ...], workers: int | None
         evaluation = pipeline.up_to("evaluation")
         if not pipeline.is_main:
             return
-        version = pipeline.register()
+        try:
+            version = pipeline.register()
+        except RegistryError as error:
+            # The training is worth more than its record: everything else is finished and on disk.
+            click.secho(
+                f"not registered: {error}\n  later: `qbrec register` with the same options",
+                err=True,
+                fg="yellow",
+            )
+            version = None
         report = pipeline.report()
         pipeline.tracker.artifacts([report])
     from qbrec.evaluation.table import format_table

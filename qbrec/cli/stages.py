@@ -17,7 +17,9 @@ def _command(name: str, *, stage: str, what: str) -> click.Command:
     @config_options
     @num_workers_option
     @resume_option
-    def command(config_path: str | None, overrides: tuple[str, ...], workers: int | None, resume: str) -> None:
+    def command(
+        config_path: str | None, overrides: tuple[str, ...], workers: int | None, resume: str
+    ) -> None:
         from qbrec.config import load_config
         from qbrec.pipeline import Pipeline
 
@@ -35,9 +37,17 @@ def _command(name: str, *, stage: str, what: str) -> click.Command:
     return command
 
 
-catalog = _command("catalog", stage="catalog", what="Validate items and interactions, encode features, group users.")
+catalog = _command(
+    "catalog", stage="catalog", what="Validate items and interactions, encode features, group users."
+)
 fuse = _command("fuse", stage="fusion", what="Stage 1: train the fusion transformer and fuse every item.")
-quantize = _command("quantize", stage="quantizer", what="Stage 2: fit codebooks and give every item its semantic ID.")
+quantize = _command(
+    "quantize", stage="quantizer", what="Stage 2: fit codebooks and give every item its semantic ID."
+)
 pretrain = _command("pretrain", stage="pretrain", what="Stage 3: pretrain the masked encoder on all domains.")
-finetune = _command("finetune", stage="finetune", what="Stage 3: fine-tune on the target domain, early stop on NDCG@10.")
-evaluate = _command("evaluate", stage="evaluation", what="Rank the full catalogue for every test user, with baselines.")
+finetune = _command(
+    "finetune", stage="finetune", what="Stage 3: fine-tune on the target domain, early stop on NDCG@10."
+)
+evaluate = _command(
+    "evaluate", stage="evaluation", what="Rank the full catalogue for every test user, with baselines."
+)

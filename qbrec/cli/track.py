@@ -23,4 +23,6 @@ def track(config_path: str | None, overrides: tuple[str, ...], again: bool) -> N
 
     config = load_config(config_path, overrides=overrides)
     state = replay(config, run_directory(config), again=again)
+    for refusal in state.refused:
+        click.echo(f"MLflow refused: {refusal}", err=True)
     click.echo(f"MLflow has the whole run: {state.parent.run_id}")

@@ -20,7 +20,8 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
 
     Args:
         path: YAML file, or the name of a built-in preset (`preset:small`); None: defaults only.
-        overrides: `dotted.key=value` strings; values are YAML (`sequence.width=256`, `quantizer.levels=[64,64]`).
+        overrides: `dotted.key=value` strings; values are YAML (`sequence.width=256`,
+            `quantizer.levels=[64,64]`).
 
     Raises:
         ConfigError: The file is missing or no YAML, or a key or value is wrong (names the nearest valid key).
@@ -55,11 +56,15 @@ def _read(path: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}", where=path, fix="mend the syntax at that line") from None
+        raise ConfigError(
+            f"not valid YAML: {error}", where=path, fix="mend the syntax at that line"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError("a configuration is a mapping of sections", where=path, fix="see `qbrec run --help`")
+        raise ConfigError(
+            "a configuration is a mapping of sections", where=path, fix="see `qbrec run --help`"
+        )
     base = tree.pop("preset", None)
     return _merge(_preset(str(base)), tree) if base else tree
 
@@ -85,7 +90,9 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _set(tree: dict[str, Any], override: str) -> None:
     key, eq, text = override.partition("=")
     if not eq or not key:
-        raise ConfigError(f"override {override!r} has no value", where="--set", fix="write --set section.key=value")
+        raise ConfigError(
+            f"override {override!r} has no value", where="--set", fix="write --set section.key=value"
+        )
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
@@ -113,7 +120,9 @@ def _explain(error: ValidationError, where: str) -> ConfigError:
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1, cutoff=0.5)
+            near = difflib.get_close_matches(
+                str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1, cutoff=0.5
+            )
             lines.append(f"unknown key {path!r}")
             if near:
                 fixes.append(f"did you mean {'.'.join([*map(str, item['loc'][:-1]), near[0]])!r}?")

@@ -108,7 +108,8 @@ class GateConfig(Section):
     """Floors a version must reach before `qbrec promote` gives it @champion."""
 
     min_metrics: dict[str, float] = Field(default_factory=dict)  # e.g. {"ndcg@10": 0.05}
-    # Absolute NDCG@10 that may be lost to @champion: the lower end of the paired interval must be above minus this.
+    # Absolute NDCG@10 that may be lost to @champion: the lower end of the paired interval must be above minus
+    # this.
     max_ndcg_loss: float = Field(default=0.002, ge=0)
     # Where @champion was evaluated on another catalogue, its users cannot be paired with ours.
     other_catalog: Literal["refuse", "floors"] = "refuse"

@@ -1,6 +1,7 @@
 """Checkpoints: artifacts independent of world size and ZeRO stage, the last good one always whole.
 
-`<run>/checkpoints/<stage>/step-N/{weights.safetensors, moments.safetensors, manifest.json}`; loader position, best
+`<run>/checkpoints/<stage>/step-N/{weights.safetensors, moments.safetensors, manifest.json}`; loader position,
+best
 result and curve are in the manifest's `meta`. Nothing here is unpickled.
 """
 
@@ -79,7 +80,11 @@ def load_latest(ctx: StageContext) -> Checkpoint | None:
 
 def load_weights(ctx: StageContext, step: int) -> dict[str, torch.Tensor]:
     """Only the weights of one checkpoint."""
-    return ArtifactStore(ctx.store.root).open(ctx.checkpoint_dir / f"step-{step}").load_safetensors("weights.safetensors")
+    return (
+        ArtifactStore(ctx.store.root)
+        .open(ctx.checkpoint_dir / f"step-{step}")
+        .load_safetensors("weights.safetensors")
+    )
 
 
 def _read(artifact: Artifact, step: int) -> Checkpoint:

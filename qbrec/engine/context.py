@@ -46,7 +46,13 @@ class StageContext:
 
     @classmethod
     def local(
-        cls, store: ArtifactStore, run_dir: str | Path, *, stage: str = "stage", key: str = "0" * 64, seed: int = 0
+        cls,
+        store: ArtifactStore,
+        run_dir: str | Path,
+        *,
+        stage: str = "stage",
+        key: str = "0" * 64,
+        seed: int = 0,
     ) -> StageContext:
         """A context for one process without a process group."""
         Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -101,7 +107,12 @@ class StageContext:
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append to the run's metrics.jsonl (rank 0 only)."""
         if self.is_main:
-            line = {"time": round(time.time(), 3), "stage": self.stage, "step": step, "metrics": dict(metrics)}
+            line = {
+                "time": round(time.time(), 3),
+                "stage": self.stage,
+                "step": step,
+                "metrics": dict(metrics),
+            }
             with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -117,7 +128,9 @@ class StageContext:
         self.barrier()
         return writer
 
-    def commit(self, writer: ArtifactWriter, *, meta: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> Artifact:
+    def commit(
+        self, writer: ArtifactWriter, *, meta: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> Artifact:
         """Finish this stage's artifact; called on every rank, written by rank 0."""
         self.barrier()
         if self.is_main:

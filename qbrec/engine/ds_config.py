@@ -28,7 +28,8 @@ def resolve_precision(compute: ComputeConfig) -> str:
 def deepspeed_config(compute: ComputeConfig, train: TrainConfig) -> dict[str, Any]:
     """The ds_config of a stage.
 
-    Gradient accumulation is steered by the loop (`set_gradient_accumulation_boundary`), because the last batch of an
+    Gradient accumulation is steered by the loop (`set_gradient_accumulation_boundary`), because the last
+    batch of an
     epoch has fewer micro-batches than the others; DeepSpeed itself is told 1.
     """
     precision = resolve_precision(compute)

@@ -43,7 +43,8 @@ def start_engine(module: nn.Module, ctx: StageContext, config: TrainConfig) -> A
 def import_deepspeed(device: str) -> Any:
     """The deepspeed module, set up for a device (`cpu` or `cuda`)."""
     os.environ.setdefault("DS_ACCELERATOR", device)
-    # DeepSpeed's autotuner, which we do not use, tries to import MLflow: six of the eight seconds its import takes,
+    # DeepSpeed's autotuner, which we do not use, tries to import MLflow: six of the eight seconds its import
+    # takes,
     # in every worker. None in sys.modules makes that attempt an ImportError, which it handles.
     hidden = "mlflow" not in sys.modules
     if hidden:

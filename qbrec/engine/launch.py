@@ -44,7 +44,7 @@ def launch(order: Order) -> None:
     if launcher == "torchrun" and "RANK" not in os.environ:
         raise LaunchError(
             "compute.launcher is torchrun, but this process was not started by it",
-            fix="start it as `torchrun --nproc-per-node 2 -m qbrec run --config …`, or set compute.launcher=auto",
+            fix="start it as `torchrun --nproc-per-node 2 -m qbrec run …`, or set compute.launcher=auto",
         )
     with process_group(config):
         run_order(order)

@@ -35,12 +35,14 @@ class Progress:
         self._silent, self._file, self._info, self._shown = silent, file, "", ""
         self._lock = threading.Lock()
 
-    def update(self, n: int = 1, **info: float | int | str) -> None:
+    def update(self, n: int = 1, /, **info: float | str) -> None:
         """Count `n` more units; `info` is shown behind the bar."""
         with self._lock:
             self.done += n
             if info:
-                self._info = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
+                self._info = "  ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items()
+                )
             self._draw(final=False)
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ def read_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def read_moments(engine: Any) -> dict[str, torch.Tensor]:
-    """Both moments of AdamW as `<moment>.<parameter>`, float32 on the CPU. A collective call, after a first step."""
+    """Both moments of AdamW as `<moment>.<parameter>`, float32 on the CPU. Collective, after a first step."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     _relink(engine)
@@ -61,7 +61,8 @@ def write_state(
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    # AdamW makes its moments at its first step, and each step copies the master weights to where forward reads them.
+    # AdamW makes its moments at its first step, and each step copies the master weights to where forward
+    # reads them.
     # With lr 0 and zero gradients a step does both and moves nothing else, at every ZeRO stage.
     _idle_step(engine, loss)
     _relink(engine)

@@ -28,7 +28,7 @@ class Task(Protocol):
     module: nn.Module
 
     def prepare(self, batch: Any, device: torch.device) -> tuple[Any, torch.Tensor]:
-        """Move a micro-batch to the device and draw its masks; also the number of targets in it (float scalar)."""
+        """Move a micro-batch to the device, draw its masks; also its number of targets (float scalar)."""
         ...
 
     def loss(self, module: nn.Module, batch: Any) -> torch.Tensor:
@@ -37,12 +37,15 @@ class Task(Protocol):
 
 
 class Loader(Protocol):
-    """Global batches cut into micro-batches and dealt to the ranks, in an order that a seed and an epoch fix."""
+    """Global batches in micro-batches dealt to the ranks, in an order that seed and epoch fix."""
 
-    steps_per_epoch: int
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one epoch."""
+        ...
 
     def iterate(self, epoch: int, *, start: int = 0) -> Iterable[Sequence[Any]]:
-        """Steps `start`… of an epoch; each is this rank's micro-batches, None where it has none, as many on all ranks."""
+        """Steps `start`… of an epoch: this rank's micro-batches, None where it has none, as many on all."""
         ...
 
     def first(self) -> Any:
@@ -79,8 +82,10 @@ def train(
 ) -> TrainResult:
     """Train `task.module` and leave the resulting weights (the best ones where `monitor` is set) in it.
 
-    The loss of a step is the sum over all targets of the global batch divided by their number, so it does not depend
-    on the world size, on how a batch is cut, or on the ZeRO stage. A run that was cut off goes on with the very next
+    The loss of a step is the sum over all targets of the global batch divided by their number, so it does not
+    depend
+    on the world size, on how a batch is cut, or on the ZeRO stage. A run that was cut off goes on with the
+    very next
     step, bit for bit on a CPU in float32.
 
     Args:
@@ -89,7 +94,8 @@ def train(
         loader: Where batches come from.
         config: Length, batch, optimiser, stopping.
         label: Shown with the progress.
-        evaluate: Called on every rank, at the end of every `evaluate_every` epochs, with `task.module` on `ctx.device`.
+        evaluate: Called on every rank, at the end of every `evaluate_every` epochs, with `task.module` on
+            `ctx.device`.
         monitor: Name of the metric (higher is better) that picks the weights and stops early.
 
     Raises:
@@ -165,7 +171,8 @@ class _Loop:
             group["lr"] = learning_rate(self.config, self.step, self.total)
         total = self._zero()
         for index, item in enumerate(prepared):
-            # Dropout is drawn from the place of the micro-batch in the global batch: the same for any world size.
+            # Dropout is drawn from the place of the micro-batch in the global batch: the same for any world
+            # size.
             self._seed(index * ctx.world + ctx.rank)
             loss = self.task.loss(engine, self._idle_batch() if item is None else item[0])
             if item is None:
@@ -175,7 +182,7 @@ class _Loop:
                 raise QbrecError(
                     f"the loss of stage {ctx.stage!r} is {float(seen)} at step {self.step}",
                     where=str(ctx.run_dir),
-                    fix="lower its learning_rate or clip_norm, or use precision float32; checkpoints before it are kept",
+                    fix="lower its learning_rate or clip_norm, or use float32; earlier checkpoints are kept",
                 )
             total += seen
             engine.set_gradient_accumulation_boundary(index + 1 == len(prepared))

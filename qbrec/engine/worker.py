@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from qbrec.config import RootConfig, parse_config
 from qbrec.engine.context import StageContext
@@ -84,7 +85,7 @@ def num_threads(config: RootConfig, world: int) -> int:
 
 
 def join_group(config: RootConfig) -> bool:
-    """Join the process group torchrun describes, or one of this process alone; False where there is one already."""
+    """Join torchrun's process group, or one of this process alone; False where there is one already."""
     if dist.is_initialized():
         return False
     backend = "nccl" if resolve_device(config.compute) == "cuda" else "gloo"
@@ -94,7 +95,7 @@ def join_group(config: RootConfig) -> bool:
     else:
         # DeepSpeed asks for these even where there is nobody to meet.
         os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     return True
 
 

@@ -38,7 +38,8 @@ class FusionEncoder:
 
         Args:
             artifact: Of kind `fusion`.
-            own_rows: Read the ID rows of the items it was trained on as well: needed only to fuse those again.
+            own_rows: Read the ID rows of the items it was trained on as well: needed only to fuse those
+                again.
             device: Where it runs.
 
         Raises:

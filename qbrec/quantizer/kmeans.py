@@ -124,12 +124,17 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
 
 def add_by_code(x: Tensor, codes: Tensor, num_codes: int, fixed: FixedPoint) -> Tensor:
     """Fixed-point sum of the rows of one grain per code, int64 [K, D]."""
-    out = torch.zeros(num_codes, x.shape[1], dtype=torch.float32, device=x.device)
     if x.device.type == "cpu":
         # One thread, rows in order: the float32 sum of a grain is a pure function of the grain.
+        out = torch.zeros(num_codes, x.shape[1], dtype=torch.float32)
         return fixed.encode(out.index_add_(0, codes, x))
-    # Atomic float additions know no order; integers do not care.
-    return out.long().index_add_(0, codes, fixed.encode(x))
+    return add_as_integers(x, codes, num_codes, fixed)
+
+
+def add_as_integers(x: Tensor, codes: Tensor, num_codes: int, fixed: FixedPoint) -> Tensor:
+    """As `add_by_code`, each row made an integer first: a GPU adds in any order, and integers do not care."""
+    out = torch.zeros(num_codes, x.shape[1], dtype=torch.int64, device=x.device)
+    return out.index_add_(0, codes, fixed.encode(x))
 
 
 def lloyd_step(shard: Shard, centroids: Tensor, *, comm: Collective, bound: float) -> Step:

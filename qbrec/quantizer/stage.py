@@ -124,10 +124,11 @@ def _load(ctx: StageContext, blocks: BlockSet, cfg: QuantizerConfig) -> tuple[Sh
             where=f"artifact {blocks.fingerprint[:16]}",
             fix="the fusion training has diverged: lower fusion.train.learning_rate and run again",
         )
-    train = torch.ones(stop - start, dtype=torch.bool, device=ctx.device)
-    held = stratified(total, int(total * cfg.held_out), seed=ctx.sub_seed("quantizer.held_out"))
-    held = held[(held >= start) & (held < stop)] - start
-    train[torch.from_numpy(held).to(ctx.device)] = False
+    train = None
+    if int(total * cfg.held_out):
+        held = stratified(total, int(total * cfg.held_out), seed=ctx.sub_seed("quantizer.held_out"))
+        train = torch.ones(stop - start, dtype=torch.bool, device=ctx.device)
+        train[torch.from_numpy(held[(held >= start) & (held < stop)] - start).to(ctx.device)] = False
     mean, std = standardisation(Shard(fused, start, total), ctx)
     return Shard(((fused - mean) / std).contiguous(), start, total, train), (mean, std)
 

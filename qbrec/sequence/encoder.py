@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -9,6 +11,8 @@ from torch.nn import functional
 from qbrec.config.stages import SequenceConfig
 from qbrec.sequence.packing import PackedHistories, TokenLayout, token_layout
 from qbrec.sequence.vocabulary import Vocabulary
+
+EMBEDDING_STD = 0.1
 
 
 class SequenceEncoder(nn.Module):
@@ -46,7 +50,7 @@ class SequenceEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier matrices, residual outputs shrunk by depth, embeddings of standard deviation 0.1.
+        """Xavier matrices, residual outputs shrunk by depth, normal embeddings.
 
         BERT's 0.02 everywhere is made for widths near 1000; at ours it learns three times slower (measured).
         """
@@ -56,11 +60,35 @@ class SequenceEncoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.1)
+                nn.init.normal_(module.weight, std=EMBEDDING_STD)
         for block in self.blocks:
             assert isinstance(block, Block)
             for output in (block.attention_output, block.down):
                 output.weight.data.mul_((2 * len(self.blocks)) ** -0.5)
+
+    @torch.no_grad()
+    def start_from_codebooks(self, codebooks: Sequence[torch.Tensor]) -> None:
+        """Give the code embeddings the geometry of the quantizer's codebooks, so that like codes start alike.
+
+        The codebooks are projected on their common principal directions and rotated at random (heads read
+        slices of the width); every level is scaled to the standard deviation of the embeddings it replaces.
+
+        Args:
+            codebooks: Per level float [K_l, D'].
+        """
+        vocabulary, width = self.vocabulary, self.config.width
+        assert [len(codebook) for codebook in codebooks] == list(vocabulary.levels)
+        stacked = torch.cat([codebook.double() for codebook in codebooks])
+        _, _, directions = torch.linalg.svd(stacked, full_matrices=False)
+        directions = directions[:width]  # [min(width, D'), D']
+        rotation, _ = torch.linalg.qr(torch.randn(width, len(directions), dtype=torch.float64))
+        for level, codebook in enumerate(codebooks):
+            projected = codebook.double() @ directions.T @ rotation.T  # [K_l, width]
+            spread = projected.square().mean().sqrt().clamp(min=1e-12)
+            first, last = vocabulary.starts[level], vocabulary.starts[level + 1]
+            self.tokens.weight[first:last] = (projected * (EMBEDDING_STD / spread)).to(
+                self.tokens.weight.dtype
+            )
 
     def forward(self, batch: PackedHistories, hidden: torch.Tensor) -> list[torch.Tensor]:
         """Scores of the codes of every hidden token.

@@ -48,6 +48,9 @@ def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
     levels = tuple(int(num_codes) for num_codes in inputs["quantizer"].meta["levels"])
     torch.manual_seed(ctx.sub_seed("sequence/init"))
     module = SequenceEncoder(config.sequence, Vocabulary(levels, tuple(catalog.domains)))
+    if config.sequence.codebook_start:
+        codebooks = inputs["quantizer"].load_safetensors("codebooks.safetensors")
+        module.start_from_codebooks([codebooks[f"level.{level}"] for level in range(len(levels))])
     return _run(
         ctx,
         config,

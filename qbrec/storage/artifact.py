@@ -1,7 +1,9 @@
 """Artifacts: immutable directories that exist once their manifest does.
 
-Layout: `<root>/artifacts/<kind>/<key16>/{files…, manifest.json}`. The key says what may be skipped (it hashes the
-configuration and the fingerprints of the inputs), the fingerprint says what is really there (it hashes the files).
+Layout: `<root>/artifacts/<kind>/<key16>/{files…, manifest.json}`. The key says what may be skipped (it hashes
+    the
+configuration and the fingerprints of the inputs), the fingerprint says what is really there (it hashes the
+files).
 """
 
 from __future__ import annotations
@@ -91,16 +93,22 @@ class Artifact:
             return path
         expected = self.manifest["files"].get(name)
         if expected is None:
-            raise DataError(f"the {self.kind} artifact has no file {name!r}", where=str(self.path), fix=REBUILD)
+            raise DataError(
+                f"the {self.kind} artifact has no file {name!r}", where=str(self.path), fix=REBUILD
+            )
         if not path.is_file():
             raise DataError("a file of the artifact is missing", where=str(path), fix=REBUILD)
         size = path.stat().st_size
         if size != expected["size"]:
             raise DataError(
-                f"a file of the artifact has {size} bytes instead of {expected['size']}", where=str(path), fix=REBUILD
+                f"a file of the artifact has {size} bytes instead of {expected['size']}",
+                where=str(path),
+                fix=REBUILD,
             )
         if _sha256(path) != expected["sha256"]:
-            raise DataError("a file of the artifact is damaged (its hash differs)", where=str(path), fix=REBUILD)
+            raise DataError(
+                "a file of the artifact is damaged (its hash differs)", where=str(path), fix=REBUILD
+            )
         self._verified.add(name)
         return path
 
@@ -138,7 +146,7 @@ class ArtifactWriter:
         self.path, self.kind, self.key = path, kind, key
 
     def prepare(self) -> None:
-        """Make the directory empty: an earlier attempt may have been cut off. One rank calls it, before the others write."""
+        """Empty the directory: an earlier attempt may have been cut off. One rank, before others write."""
         assert not (self.path / MANIFEST).exists(), "a finished artifact is never overwritten"
         if self.path.exists():
             shutil.rmtree(self.path)
@@ -161,7 +169,9 @@ class ArtifactWriter:
 
     def save_json(self, name: str, document: Any) -> Path:
         """Write a JSON document."""
-        return self.write_bytes(name, json.dumps(document, indent=1, sort_keys=True, allow_nan=False).encode())
+        return self.write_bytes(
+            name, json.dumps(document, indent=1, sort_keys=True, allow_nan=False).encode()
+        )
 
     def save_safetensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> Path:
         """Write tensors by name."""
@@ -187,7 +197,9 @@ class ArtifactWriter:
             if path.is_file() and not path.name.endswith(".tmp"):
                 name = path.relative_to(self.path).as_posix()
                 files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-        digest = hashlib.sha256("".join(f"{n}:{f['sha256']}\n" for n, f in files.items()).encode()).hexdigest()
+        digest = hashlib.sha256(
+            "".join(f"{n}:{f['sha256']}\n" for n, f in files.items()).encode()
+        ).hexdigest()
         manifest = {
             "kind": self.kind,
             "format_version": FORMAT_VERSION,
@@ -200,7 +212,9 @@ class ArtifactWriter:
             "meta": dict(meta),
             "files": files,
         }
-        write_atomic(self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode())
+        write_atomic(
+            self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode()
+        )
         return Artifact(self.path, manifest)
 
 
@@ -232,12 +246,14 @@ class ArtifactStore:
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise DataError("no finished artifact here (no manifest.json)", where=str(path), fix=REBUILD) from None
+            raise DataError(
+                "no finished artifact here (no manifest.json)", where=str(path), fix=REBUILD
+            ) from None
         except ValueError:
             raise DataError("the manifest is damaged", where=str(path / MANIFEST), fix=REBUILD) from None
         if manifest.get("format_version") != FORMAT_VERSION:
             raise DataError(
-                f"artifact format {manifest.get('format_version')} is not the format {FORMAT_VERSION} read here",
+                f"artifact format {manifest.get('format_version')} is not format {FORMAT_VERSION}",
                 where=str(path),
                 fix=REBUILD,
             )

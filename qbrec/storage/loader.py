@@ -129,7 +129,7 @@ class BatchLoader(Generic[Batch]):
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def first(self) -> Batch:
-        """A micro-batch of the first samples in storage order: for a rank that has to run something without any."""
+        """A micro-batch of the first samples in storage order: for a rank that must run but has none."""
         samples = np.arange(min(self.micro_batch, self.num_samples), dtype=np.int64)
         if self._selected is not None:
             samples = self._selected[samples]

@@ -23,8 +23,9 @@ class Ragged:
     offsets: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        assert self.offsets.ndim == 1 and len(self.offsets) >= 1
-        assert self.offsets[0] == 0 and self.offsets[-1] == len(self.values)
+        assert self.offsets.ndim == 1
+        assert self.offsets[0] == 0
+        assert self.offsets[-1] == len(self.values)
 
     @classmethod
     def from_lists(cls, rows: Sequence[Sequence[Any]], *, dtype: Any = np.int64) -> Ragged:

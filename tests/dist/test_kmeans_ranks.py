@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from qbrec.config import parse_config
 from qbrec.config.stages import QuantizerConfig
 from qbrec.engine.context import StageContext
 from qbrec.quantizer.chunks import GRAIN, Shard, split_rows, standardisation, stratified
 from qbrec.quantizer.fit import fit_codebooks
 from qbrec.quantizer.kmeans import fit_kmeans, lloyd
 from qbrec.quantizer.rvq import encode, prefix_errors
+from qbrec.quantizer.stage import run
 from qbrec.storage.artifact import ArtifactStore
 from tests.support.clusters import clustered
+from tests.support.quantizer_inputs import quantizer_inputs
 from tests.support.spawn import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -79,3 +84,22 @@ def test_same_bits_on_any_number_of_ranks(case: str, tmp_path_factory: pytest.Te
     for where, got in results.items():
         for name, tensor in want.items():
             assert torch.equal(tensor, got[name]), f"{name} differs on {where}"
+
+
+def _stage(rank: int, world: int, folder: str) -> dict[str, Tensor]:
+    store = ArtifactStore(folder)
+    inputs = {kind: store.find(kind, kind[0] * 64) for kind in ("catalog", "fusion")}
+    ctx = StageContext.local(store, f"{folder}/runs/{world}", stage="quantizer", key=str(world) * 64, seed=2)
+    ctx.rank, ctx.world = rank, world
+    config = parse_config({"quantizer": {"levels": [16, 300], "iterations": 3, "sample": 1200}})
+    artifact = run(ctx, config, {kind: found for kind, found in inputs.items() if found})
+    names = sorted(artifact.manifest["files"])
+    digest = "".join(artifact.manifest["files"][name]["sha256"] for name in names)
+    return {"files": torch.tensor(list(digest.encode()))}
+
+
+def test_the_whole_artifact_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    quantizer_inputs(ArtifactStore(tmp_path), clustered(2 * GRAIN + 100, 8, clusters=400))
+    alone = _stage(0, 1, str(tmp_path))
+    for got in run_ranks(_stage, 2, str(tmp_path)):
+        assert torch.equal(got["files"], alone["files"])

@@ -35,7 +35,7 @@ def test_the_table_has_every_model_metric_and_interval(road: Road) -> None:
     for model in ("qbrec", "popularity", "itemknn"):
         for seen in ("removed", "kept"):
             for name in METRICS:
-                value = metrics[model][seen][name]
+                value = metrics["models"][model][seen][name]
                 assert 0 <= value["low"] <= value["mean"] <= value["high"] <= 1
     shown = road.outputs[0].stdout
     assert all(word in shown for word in ("qbrec", "popularity", "itemknn", "HR@10", "NDCG@10"))

@@ -1,4 +1,4 @@
-"""A small catalogue artifact for the fusion tests: two dense modalities, structure, histories with groups of taste."""
+"""A small catalogue artifact for the fusion tests: two dense modalities, structure, groups of taste."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ BLOCK = 40  # items or users per block: many small blocks, none of them aligned 
 CLUSTERS = 6
 
 
-def make_catalog(root: Path, *, num_items: int = 300, num_users: int = 240, tail: str = "a", seed: int = 0) -> Artifact:
+def make_catalog(
+    root: Path, *, num_items: int = 300, num_users: int = 240, tail: str = "a", seed: int = 0
+) -> Artifact:
     """Write the catalogue; items of a cluster are alike and are consumed together.
 
     Args:
@@ -34,18 +36,27 @@ def make_catalog(root: Path, *, num_items: int = 300, num_users: int = 240, tail
     columns: dict[str, Any] = {}
     for name, dim, every in (("text", 24, 11), ("image", 16, 7)):
         centre = rng.standard_normal((CLUSTERS, dim))
-        counts = np.where(np.arange(num_items) % every == every - 1, 0, rng.integers(1, 4, num_items)).astype(np.uint8)
+        counts = np.where(np.arange(num_items) % every == every - 1, 0, rng.integers(1, 4, num_items)).astype(
+            np.uint8
+        )
         owner = np.repeat(np.arange(num_items), counts)
         values = (centre[cluster[owner]] + 0.5 * rng.standard_normal((len(owner), dim))).astype(np.float16)
         columns[name] = (counts, owner, values)
         statistics[f"mean.{name}"] = torch.from_numpy(values.astype(np.float32).mean(0))
         statistics[f"std.{name}"] = torch.from_numpy(values.astype(np.float32).std(0))
-    structure = np.stack([cluster, 100 + cluster * 3 + rng.integers(0, 3, num_items)], axis=1).astype(np.int32)
+    structure = np.stack([cluster, 100 + cluster * 3 + rng.integers(0, 3, num_items)], axis=1).astype(
+        np.int32
+    )
     structure[12::13] = -1
     tar = BlockTarWriter(writer.path, prefix="items")
     for begin in range(0, num_items, BLOCK):
         rows = np.arange(begin, min(begin + BLOCK, num_items))
-        fields = {"row": rows, "domain": np.zeros(len(rows), np.uint8), "structure": structure[rows], "content": rows}
+        fields = {
+            "row": rows,
+            "domain": np.zeros(len(rows), np.uint8),
+            "structure": structure[rows],
+            "content": rows,
+        }
         for name, (counts, owner, values) in columns.items():
             fields[f"tokens.{name}"] = counts[rows]
             fields[f"feature.{name}"] = values[(owner >= begin) & (owner < begin + len(rows))]

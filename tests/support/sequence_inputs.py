@@ -1,10 +1,11 @@
-"""Small inputs of stage 3: a catalogue of two domains whose users walk along a ring of items, and semantic IDs."""
+"""Small inputs of stage 3: a catalogue of two domains whose users walk along a ring, and semantic IDs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.blocks import BlockTarWriter, write_block_index
@@ -16,7 +17,7 @@ BLOCK = 25
 
 
 def make_inputs(root: Path, *, num_users: int = 90, seed: int = 0) -> dict[str, Artifact]:
-    """Users of `pets` walk the ring of its items forward, those of `games` backward; a few walk too short a way."""
+    """Users of `pets` walk the ring of its items forward, those of `games` backward; a few hardly walk."""
     rng = np.random.default_rng(seed)
     store = ArtifactStore(root)
     histories, domains = [], rng.integers(0, 2, num_users).astype(np.uint8)
@@ -57,5 +58,9 @@ def make_inputs(root: Path, *, num_users: int = 90, seed: int = 0) -> dict[str, 
     writer.save_npy(
         "semantic_ids.npy", np.stack([row % 8, row // 8, rng.integers(0, 4, len(row))], 1).astype(np.uint8)
     )
+    codebooks = {
+        f"level.{level}": torch.from_numpy(rng.standard_normal((k, 12))) for level, k in enumerate(LEVELS)
+    }
+    writer.save_safetensors("codebooks.safetensors", {name: book.float() for name, book in codebooks.items()})
     quantizer = writer.commit(meta={"levels": list(LEVELS)}, inputs={}, config={}, seed=0)
     return {"catalog": catalog, "quantizer": quantizer}

@@ -1,6 +1,7 @@
 """Run functions on several gloo ranks, each a process of its own.
 
-Starting a rank costs many seconds (torch, DeepSpeed), so the ranks of a world size stay for the whole test session.
+Starting a rank costs many seconds (torch, DeepSpeed), so the ranks of a world size stay for the whole test
+session.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class RankError(AssertionError):
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call `fn(rank, world, *args)` on every rank and return what each gave; `fn` must be a module-level function."""
+    """Call `fn(rank, world, *args)` on every rank, return what each gave; `fn` is a module-level function."""
     pool = _pools.pop(world, None) or _Ranks(world)
     try:
         results = pool.call(fn, args)

@@ -1,4 +1,4 @@
-"""A small task and loader with everything the loop must handle: dropout, uneven last batches, masked targets."""
+"""A small task and loader with what the loop must handle: dropout, uneven last batches, masked targets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ToyTask:
 
 
 class ToyLoader:
-    """`n` samples in global batches of 8, micro-batches of 2, dealt to the ranks in turn; the last batch is small."""
+    """`n` samples in batches of 8, micro-batches of 2, dealt to the ranks in turn; the last batch is small."""
 
     def __init__(self, rank: int, world: int, *, n: int = 37, stop_at: int = 0) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -41,7 +41,9 @@ class ToyLoader:
         self.stop_at = stop_at  # optimiser step before which the machine is lost; 0: never
         self.rank, self.world, self.steps_per_epoch = rank, world, -(-n // 8)
 
-    def iterate(self, epoch: int, *, start: int = 0) -> Iterator[list[tuple[torch.Tensor, torch.Tensor] | None]]:
+    def iterate(
+        self, epoch: int, *, start: int = 0
+    ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor] | None]]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(100 + epoch))
         for step in range(start, self.steps_per_epoch):
             if self.stop_at and epoch * self.steps_per_epoch + step == self.stop_at:

@@ -30,7 +30,12 @@ def test_round_trip(tmp_path: Path) -> None:
     assert artifact.load_npy("array.npy").tolist() == list(range(10))
     assert artifact.load_json("facts.json") == {"n": 10}
     assert artifact.load_safetensors("weights.safetensors")["w"].tolist() == [1, 1, 1]
-    assert (artifact.meta, artifact.inputs, artifact.kind, artifact.key) == ({"n": 10}, {"x": "y"}, "demo", KEY)
+    assert (artifact.meta, artifact.inputs, artifact.kind, artifact.key) == (
+        {"n": 10},
+        {"x": "y"},
+        "demo",
+        KEY,
+    )
 
 
 def test_same_content_same_fingerprint(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ def _group(size: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def _loss(group: dict[str, torch.Tensor], weights: tuple[float, ...] = WEIGHTS) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss(
+    group: dict[str, torch.Tensor], weights: tuple[float, ...] = WEIGHTS
+) -> tuple[torch.Tensor, torch.Tensor]:
     return multi_view_loss(**group, pairs=PAIRS, weights=weights, temperature=0.2)
 
 
@@ -48,7 +50,9 @@ def _brute(group: dict[str, torch.Tensor]) -> tuple[float, float]:
                     j
                     for j in items
                     if j != i
-                    and not any(v != FUSED and group["content"][i, v] == group["content"][j, v] for v in (a, b))
+                    and not any(
+                        v != FUSED and group["content"][i, v] == group["content"][j, v] for v in (a, b)
+                    )
                 ]
                 score = lambda j, a=a, b=b, i=i: math.exp(  # noqa: E731
                     float(torch.cosine_similarity(vector(a, i), vector(b, j), dim=0)) / 0.2
@@ -73,7 +77,9 @@ def test_pairs_and_weights() -> None:
 
 def test_per_pair_sums_are_unweighted() -> None:
     total, parts = _loss(_group())
-    assert float(total) == pytest.approx(sum(w * float(p) for w, p in zip(WEIGHTS, parts, strict=True)), rel=1e-5)
+    assert float(total) == pytest.approx(
+        sum(w * float(p) for w, p in zip(WEIGHTS, parts, strict=True)), rel=1e-5
+    )
 
 
 def test_absent_views_have_no_influence() -> None:

@@ -17,14 +17,23 @@ SPECS = (
     ModalitySpec("behaviour", "dense", 5),
 )
 STATISTICS = {
-    f"{part}.{spec.name}": torch.rand(spec.dim) + 0.5 for part in ("mean", "std") for spec in SPECS if spec.kind == "dense"
+    f"{part}.{spec.name}": torch.rand(spec.dim) + 0.5
+    for part in ("mean", "std")
+    for spec in SPECS
+    if spec.kind == "dense"
 }
 
 
 def _model(*, depth: int = 3, num_rows: int = 20) -> FusionModel:
     torch.manual_seed(0)
     return FusionModel(
-        SPECS, width=16, depth=depth, heads=2, alignment_temperature=0.1, num_rows=num_rows, statistics=STATISTICS
+        SPECS,
+        width=16,
+        depth=depth,
+        heads=2,
+        alignment_temperature=0.1,
+        num_rows=num_rows,
+        statistics=STATISTICS,
     )
 
 
@@ -90,7 +99,9 @@ def test_hard_gate_stops_items_one_by_one() -> None:
             assert (depth[taken] > level).all()
             assert (depth[~taken] <= level).all()
             # Who has left keeps the state it left with; the others go on as in training.
-            state = torch.where(taken[:, None], state + product[:, None] * block(state, tokens, visible), state)
+            state = torch.where(
+                taken[:, None], state + product[:, None] * block(state, tokens, visible), state
+            )
             expected = state
             if level < 3:
                 product = product * torch.sigmoid(model.gates[level](state)).squeeze(-1)
@@ -120,7 +131,10 @@ def test_an_item_without_anything_is_finite_and_trains() -> None:
     model, batch = _model(), _batch()
     nothing = torch.zeros_like(batch.present)
     bare = replace(
-        batch, visible=nothing, present=nothing, tokens={k: torch.zeros_like(v) for k, v in batch.tokens.items()}
+        batch,
+        visible=nothing,
+        present=nothing,
+        tokens={k: torch.zeros_like(v) for k, v in batch.tokens.items()},
     )
     fused, views, _ = model(bare)
     fused.sum().backward()

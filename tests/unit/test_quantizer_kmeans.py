@@ -22,7 +22,15 @@ from qbrec.quantizer.chunks import (
     standardisation,
     stratified,
 )
-from qbrec.quantizer.kmeans import assign, farthest_rows, fit_kmeans, lloyd, row_argmax
+from qbrec.quantizer.kmeans import (
+    add_as_integers,
+    add_by_code,
+    assign,
+    farthest_rows,
+    fit_kmeans,
+    lloyd,
+    row_argmax,
+)
 from qbrec.quantizer.seeding import plus_plus
 from tests.support.clusters import clustered
 
@@ -147,6 +155,15 @@ def test_fixed_point_sums_know_no_order(values: list[float], cut: int, order: ob
     assert sum(int(v) for v in whole) == int(whole.sum()), "no overflow"
     error = abs(float(fixed.decode(whole.sum())) - math.fsum(values))
     assert error <= len(values) * 2.0**-fixed.shift + 1e-15 * math.fsum(abs(v) for v in values)
+
+
+def test_sums_of_a_gpu_and_a_cpu_agree() -> None:
+    x, codes = clustered(2000, 6), torch.arange(2000) % 7
+    fixed = FixedPoint.of(2000, float(x.abs().max()))
+    one, by_one = add_by_code(x, codes, 7, fixed), add_as_integers(x, codes, 7, fixed)
+    torch.testing.assert_close(fixed.decode(one), fixed.decode(by_one), rtol=1e-5, atol=1e-4)
+    back = torch.arange(1999, -1, -1)
+    assert torch.equal(by_one, add_as_integers(x[back], codes[back], 7, fixed))
 
 
 @given(total=st.integers(0, 10 * GRAIN), world=st.integers(1, 7))

@@ -254,3 +254,23 @@ def test_encoder_comes_back_from_its_artifact(tmp_path: Path) -> None:
     assert torch.equal(ours, theirs)
     with pytest.raises(DataError, match="levels"):
         SequenceRecommender.load(artifact, semantic_ids=IDS[:, :2])
+
+
+@pytest.mark.parametrize("width", [16, 4])
+def test_embeddings_start_with_the_geometry_of_the_codebooks(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(3, 24, generator=generator)
+    codebooks = [
+        torch.randn(k, 3, generator=generator) @ low_rank / (level + 1) for level, k in enumerate(LEVELS)
+    ]
+    module = encoder(width=width, heads=2)
+    others = module.tokens.weight[:2].clone()
+    module.start_from_codebooks(codebooks)
+    assert torch.equal(module.tokens.weight[:2], others)
+    for level, codebook in enumerate(codebooks):
+        start = module.vocabulary.starts[level]
+        rows = module.tokens.weight[start : start + LEVELS[level]]
+        assert float(rows.detach().square().mean().sqrt()) == pytest.approx(0.1, rel=1e-4)
+        inner = functional.normalize(rows, dim=1) @ functional.normalize(rows, dim=1).T
+        expected = functional.normalize(codebook, dim=1) @ functional.normalize(codebook, dim=1).T
+        torch.testing.assert_close(inner, expected, atol=1e-4, rtol=1e-3)
