@@ -98,7 +98,8 @@ class HashedNgramEncoder:
         projection = np.zeros((len(features), dim), dtype=np.float16)
         scale = 1.0
         if rank:
-            projection[:, :rank] = _right_singular_vectors(matrix, rank, seed)
+            directions = _right_singular_vectors(matrix, rank, seed)
+            projection[:, : directions.shape[1]] = directions
             lengths = np.square(matrix @ projection.astype(np.float32)).sum(axis=1)
             scale = float(1 / np.sqrt(max(lengths.mean(), 1e-12)))
         return cls(idf, features, projection, scale)
@@ -148,20 +149,32 @@ def _tfidf(texts: pa.Array, idf: Floats) -> sparse.csr_matrix:
 
 
 def _right_singular_vectors(matrix: sparse.csr_matrix, rank: int, seed: int) -> Floats:
-    """Randomised SVD (Halko, Martinsson, Tropp 2011) of a sparse [n, F]: first right vectors [F, rank]."""
+    """Randomised SVD (Halko, Martinsson, Tropp 2011) of a sparse [n, F]: right vectors [F, ≤ rank]."""
     rng = np.random.default_rng(seed)
     width = min(rank + _OVERSAMPLE, *matrix.shape)
     basis = rng.standard_normal((matrix.shape[1], width)).astype(np.float32)
     # One pass, no power iterations: measured, sharper singular vectors gave worse neighbours and cost more.
-    basis, _ = np.linalg.qr(matrix @ basis)
-    basis, _ = np.linalg.qr(matrix.T @ basis)
+    basis = _orthonormal(matrix @ basis)
+    basis = _orthonormal(matrix.T @ basis)
     projected = matrix @ basis
     values, vectors = np.linalg.eigh(projected.T.astype(np.float64) @ projected)
-    top = vectors[:, np.argsort(-values)[:rank]].astype(np.float32)
+    top = vectors[:, np.argsort(-values)[:rank]].astype(np.float32)  # fewer where the texts span less
     # A sign of its own choice per vector would depend on the linear-algebra library.
     directions = basis @ top
-    signs = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(rank)])
+    signs = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(directions.shape[1])])
     return np.asarray(directions * np.where(signs == 0, 1, signs), dtype=np.float32)
+
+
+def _orthonormal(tall: Floats) -> Floats:
+    """A basis of the columns of a tall matrix, from its small Gram matrix.
+
+    Householder QR would be a little more exact; it synchronises its threads at every column, which on a busy
+    machine made it sixty times slower than this.
+    """
+    wide = tall.astype(np.float64)
+    values, vectors = np.linalg.eigh(wide.T @ wide)
+    kept = values > values[-1] * 1e-10
+    return np.asarray(wide @ (vectors[:, kept] / np.sqrt(values[kept])), dtype=np.float32)
 
 
 def _sketch(weighted: sparse.csr_matrix, dim: int) -> Floats:

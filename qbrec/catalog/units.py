@@ -120,8 +120,15 @@ def ray_data() -> Iterator[None]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.verbose_stats_logs
-    context.enable_progress_bars, context.verbose_stats_logs = False, False
+    # Without the last one Ray Data replaces a task's error by its own, and what the user did wrong is lost.
+    settings = {
+        "enable_progress_bars": False,
+        "verbose_stats_logs": False,
+        "raise_original_map_exception": True,
+    }
+    before = {name: getattr(context, name) for name in settings}
+    for name, value in settings.items():
+        setattr(context, name, value)
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -141,7 +148,8 @@ def ray_data() -> Iterator[None]:
             fix="look for memory or disk running out on the workers; the run resumes where it stopped",
         ) from error
     finally:
-        context.enable_progress_bars, context.verbose_stats_logs = before
+        for name, value in before.items():
+            setattr(context, name, value)
         logger.setLevel(level)
 
 

@@ -20,7 +20,7 @@ MIN_ITEMS = 2  # a word must be on so many items of the catalogue: a brand-new w
 _TOKEN = re.compile(r"[^\W\d_][\w'’-]+")
 _STOP_WORDS = """
 the and for with from your our you are all new one two per not any can has its into this that these those only
-also more most very each set off out over under plus inch inches pack count size color colour item items
+also more most very each off out over under plus inch inches pack count size color colour item items
 product products brand com www http https amp quot
 """
 _STOP = frozenset(_STOP_WORDS.split())
@@ -96,10 +96,9 @@ def _best_words(
     share = count / size[group]
     up = parent_of[group]
     wider = above_count[np.searchsorted(above, up * num_terms + word)] / parent_size[up]
-    # The number of items carrying a word is a hair of the score: among equals the better-known word comes
-    # first.
-    known = np.bincount(terms, minlength=num_terms)[word] / len(prefix)
-    score = share * np.log(share / wider) + 1e-6 * known
+    # An only child has nothing to be set apart from: there the words rare in the whole catalogue come first.
+    anywhere = np.bincount(terms, minlength=num_terms)[word] / len(prefix)
+    score = share * np.log(share / wider) + 1e-3 * share * np.log(share / anywhere)
     order = np.lexsort((word, -score, group))
     order = order[score[order] > 0]
     if not len(order):

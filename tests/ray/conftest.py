@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from qbrec.engine.ray_session import LOCAL_SYSTEM_CONFIG
+
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
@@ -23,6 +25,7 @@ def ray_session() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         _temp_dir=folder,
+        _system_config=LOCAL_SYSTEM_CONFIG,
     )
     yield
     ray.shutdown()

@@ -105,9 +105,7 @@ def test_neighbours_beat_scikit_learn(bench_data: Path, name: str, column: str) 
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2).fit_transform(texts.to_pylist())
     theirs = purity(TruncatedSVD(128, random_state=0).fit_transform(words), leaf)
     chance = float(np.square(np.bincount(leaf) / len(leaf)).sum())
-    print(
-        f"{name}: neighbours in the same leaf: ours {ours:.3f}, scikit-learn {theirs:.3f}, chance {chance:.3f}"
-    )
+    print(f"{name}: neighbours of the same leaf {ours:.3f}, scikit-learn {theirs:.3f}, chance {chance:.3f}")
     assert ours > 8 * chance
     assert ours > theirs - 0.01
 

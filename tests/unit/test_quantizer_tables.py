@@ -222,7 +222,7 @@ def test_labels_say_what_sets_a_prefix_apart() -> None:
     assert labels["3"][0] == "pets"
     assert "dog" in labels["3.2"]
     assert "pets" not in labels["3.2"][:2]
-    assert describe(labels, [0, 0]) == "[Art] [Paint]"
+    assert describe(labels, [0, 0]) == "[Art] [Set]"
     assert describe(labels, [3, 0]) == "[Pets] [Cat]"
     assert describe(labels, [2, 1]) == "[code 2] [code 1]"
 
