@@ -169,7 +169,7 @@ def _orthonormal(tall: Floats) -> Floats:
     """A basis of the columns of a tall matrix, from its small Gram matrix.
 
     Householder QR would be a little more exact; it synchronises its threads at every column, which on a busy
-    machine made it sixty times slower than this.
+    machine made it many times slower than this.
     """
     wide = tall.astype(np.float64)
     values, vectors = np.linalg.eigh(wide.T @ wide)

@@ -22,14 +22,14 @@ def ids() -> None:
 @config_options
 @click.argument("items", nargs=-1, metavar="[ITEM]...")
 @click.option(
-    "--sample", type=click.IntRange(min=1), default=5, show_default=True, help="Items shown if none is named."
+    "--count", type=click.IntRange(min=1), default=5, show_default=True, help="Items shown if none is named."
 )
 @click.option("--domain", help="Domain of the items; default: the target domain.")
 def show(
     config_path: str | None,
     overrides: tuple[str, ...],
     items: tuple[str, ...],
-    sample: int,
+    count: int,
     domain: str | None,
 ) -> None:
     """Semantic ID and label of items; of a few popular ones where none is named.
@@ -57,7 +57,7 @@ def show(
                 fix="item ids are those of items.parquet",
             )
     else:
-        rows = view.train_counts.argsort()[::-1][:sample].copy()
+        rows = view.train_counts.argsort()[::-1][:count].copy()
     _print(view, table, [int(row) for row in rows])
 
 

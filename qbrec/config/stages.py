@@ -111,7 +111,9 @@ class SequenceConfig(Section):
     max_items: Positive = 50  # the last H items of a history
     position: Literal["learned", "rotary"] = "learned"
     codebook_start: bool = True  # code embeddings start from the quantizer's codebooks, not at random
-    label_smoothing: Fraction = 0.0
+    item_weight: float = Field(default=1.0, ge=0)  # softmax over items against those over codes; 0: codes only
+    candidates: Positive = 16_384  # items in that softmax; a uniform sample where the catalogue has more
+    label_smoothing: Fraction = 0.0  # of the codes
     masks: MaskConfig = MaskConfig()
     finetune_masks: MaskConfig = MaskConfig(span=0.0, tail=1.0, multi_region=0.0, partial=0.0)
     pretrain_prefix: Fraction = (

@@ -27,7 +27,8 @@ from qbrec.config.stages import MaskConfig
     PARTIAL_LEVEL,
     PREFIX,
     PREFIX_LENGTH,
-) = range(10)
+    CANDIDATES,
+) = range(11)
 
 SPAN, TAIL, MULTI_REGION = range(3)
 

@@ -40,6 +40,7 @@ class PackedRows:
         """The batch on `device`, its codes gathered there from `id_table` (uint8 or int32 [N, L])."""
         rows = self.rows.to(device, non_blocking=True)
         return PackedHistories(
+            rows=rows,
             codes=id_table[rows].to(torch.int64),
             lengths=self.lengths.to(device, non_blocking=True),
             domains=self.domains.to(device, non_blocking=True),
@@ -82,13 +83,15 @@ class PackedHistories:
     """Histories of one micro-batch as codes on the device, sorted by length.
 
     Attributes:
-        codes: int64 [S, L], codes of all items, S = Σ lengths.
+        rows: int64 [S], item rows, S = Σ lengths.
+        codes: int64 [S, L], their codes.
         lengths: int64 [B], ascending, on the device.
         domains: int64 [B], domain index.
         samples: int64 [B], global sample ids (keys of the random stream).
         groups: (number of histories, items in each) of every group, in the order of the histories.
     """
 
+    rows: torch.Tensor
     codes: torch.Tensor
     lengths: torch.Tensor
     domains: torch.Tensor

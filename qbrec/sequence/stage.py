@@ -19,6 +19,7 @@ from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import validation_metrics
 from qbrec.sequence.encoder import SequenceEncoder
+from qbrec.sequence.objective import Candidates
 from qbrec.sequence.packing import PackedRows
 from qbrec.sequence.recommender import SequenceRecommender, load_encoder, save_encoder
 from qbrec.sequence.tasks import HISTORY_FIELDS, HistoryCollate, MaskedTask
@@ -109,11 +110,14 @@ def _run(
 ) -> Artifact:
     semantic_ids = inputs["quantizer"].load_npy("semantic_ids.npy")
     seed = ctx.sub_seed(f"{ctx.stage}/masks")
+    pool = np.arange(catalog.num_items) if domain is None else np.flatnonzero(catalog.item_domain == domain)
     task = MaskedTask(
         module,
         semantic_ids=semantic_ids,
         masks=masks,
         seed=seed,
+        candidates=Candidates(torch.from_numpy(pool), count=config.sequence.candidates, seed=seed),
+        item_weight=config.sequence.item_weight,
         label_smoothing=config.sequence.label_smoothing,
     )
     collate = HistoryCollate(max_items=module.num_positions, seed=seed, prefix=prefix)

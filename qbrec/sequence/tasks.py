@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
 from qbrec.config.stages import MaskConfig
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.masks import draw_masks, prefix_lengths
+from qbrec.sequence.objective import Candidates, item_loss, level_loss
 from qbrec.sequence.packing import PackedHistories, PackedRows, pack
 from qbrec.storage.block_reader import Fields, RaggedField
 from qbrec.storage.ragged import Ragged
@@ -64,21 +64,24 @@ class HistoryCollate:
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """A prepared micro-batch: histories and what is hidden of them, bool [S, L]."""
+    """A prepared micro-batch: histories, what is hidden of them (bool [S, L]), and the epoch it is part of."""
 
     histories: PackedHistories
     hidden: torch.Tensor
+    epoch: int
 
 
 class MaskedTask:
-    """Predict hidden codes (`engine.Task`). Pretraining and fine-tuning differ in their masks only.
+    """Predict hidden codes and hidden items (`engine.Task`). Pretraining and fine-tuning differ in masks and pool.
 
     Args:
         module: The encoder.
         semantic_ids: Codes of all items, any integer type [N, L].
         masks: Mixture and shape of the masks.
         seed: Seed of the random stream.
-        label_smoothing: Share of the target spread over the other codes of the level.
+        candidates: Items that a wholly hidden item is told from.
+        item_weight: Of the loss over items against the loss over levels; 0: levels only.
+        label_smoothing: Share of a code's target spread over the other codes of the level.
     """
 
     def __init__(
@@ -88,11 +91,14 @@ class MaskedTask:
         semantic_ids: NDArray[Any],
         masks: MaskConfig,
         seed: int,
+        candidates: Candidates,
+        item_weight: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
         self.module: nn.Module = module
         self.num_levels = module.vocabulary.num_levels
         self.masks, self.seed, self.label_smoothing = masks, seed, label_smoothing
+        self.candidates, self.item_weight = candidates, item_weight
         self._table = id_table(semantic_ids)
 
     def prepare(self, batch: PackedRows, device: torch.device) -> tuple[MaskedBatch, torch.Tensor]:
@@ -112,18 +118,31 @@ class MaskedTask:
             seed=self.seed,
             epoch=batch.epoch,
         )
-        return MaskedBatch(histories, hidden), hidden.sum().to(torch.float32)
+        return MaskedBatch(histories, hidden, batch.epoch), hidden.sum().to(torch.float32)
 
     def loss(self, module: nn.Module, batch: MaskedBatch) -> torch.Tensor:
-        """Cross-entropy over the level's own codes, summed over all hidden codes."""
+        """Loss over levels plus `item_weight` × loss over items, summed over hidden codes."""
         logits = module(batch.histories, batch.hidden)
-        total = torch.zeros((), device=batch.hidden.device)
-        for level, scores in enumerate(logits):
-            targets = batch.histories.codes[:, level][batch.hidden[:, level]]
-            total = total + functional.cross_entropy(
-                scores, targets, reduction="sum", label_smoothing=self.label_smoothing
-            )
+        hidden, codes = batch.hidden, batch.histories.codes
+        targets = [codes[:, level][hidden[:, level]] for level in range(self.num_levels)]
+        total = level_loss(logits, targets, label_smoothing=self.label_smoothing)
+        if self.item_weight > 0:
+            # A hidden item counts as its L codes do, so that the weight means the same for any L.
+            total = total + self.item_weight * self.num_levels * self._item_loss(logits, batch)
         return total
+
+    def _item_loss(self, logits: list[torch.Tensor], batch: MaskedBatch) -> torch.Tensor:
+        histories, hidden = batch.histories, batch.hidden
+        whole = hidden.all(1)  # [S]
+        rows, log_weight = self.candidates.draw(histories.samples, epoch=batch.epoch)
+        return item_loss(
+            [scores[whole[hidden[:, level]]] for level, scores in enumerate(logits)],
+            target_codes=histories.codes[whole],
+            target_rows=histories.rows[whole],
+            candidate_codes=self._table[rows].to(torch.int64),
+            candidate_rows=rows,
+            log_weight=log_weight,
+        )
 
 
 def id_table(semantic_ids: NDArray[Any]) -> torch.Tensor:

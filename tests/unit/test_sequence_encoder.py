@@ -15,6 +15,7 @@ from qbrec.errors import DataError
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.sequence.encoder import Block, SequenceEncoder
 from qbrec.sequence.masks import draw_masks
+from qbrec.sequence.objective import Candidates, item_loss
 from qbrec.sequence.packing import PackedHistories, pack, token_layout
 from qbrec.sequence.recommender import SequenceRecommender, load_encoder, save_encoder
 from qbrec.sequence.tasks import HistoryCollate, MaskedTask
@@ -46,6 +47,11 @@ def packed(rows: Ragged, domains: list[int] | None = None) -> tuple[PackedHistor
         rows, domains=np.array(domains or [0] * len(rows), dtype=np.int64), samples=np.arange(len(rows))
     )
     return batch.to("cpu", torch.from_numpy(IDS)), order
+
+
+def masked_task(module: SequenceEncoder, **changes: Any) -> MaskedTask:
+    settings = {"candidates": Candidates(torch.arange(len(IDS)), count=100, seed=0), "seed": 0, **changes}
+    return MaskedTask(module, semantic_ids=IDS, **settings)
 
 
 def masks_for(batch: PackedHistories, **changes: Any) -> torch.Tensor:
@@ -112,7 +118,9 @@ def test_hidden_codes_are_not_read_and_visible_ones_are() -> None:
 
     def with_codes(change: torch.Tensor) -> torch.Tensor:
         codes = torch.where(change, (batch.codes + 1) % torch.tensor(LEVELS), batch.codes)
-        changed = PackedHistories(codes, batch.lengths, batch.domains, batch.samples, batch.groups)
+        changed = PackedHistories(
+            batch.rows, codes, batch.lengths, batch.domains, batch.samples, batch.groups
+        )
         return torch.cat([scores.reshape(-1) for scores in module(changed, hidden)])
 
     assert torch.equal(with_codes(hidden), reference)
@@ -144,7 +152,7 @@ def test_outputs_cover_the_own_level_only() -> None:
 
 def test_loss_is_a_sum_that_does_not_depend_on_packing() -> None:
     module = encoder()
-    task = MaskedTask(module, semantic_ids=IDS, masks=MaskConfig(), seed=5)
+    task = masked_task(module, masks=MaskConfig(), seed=5)
     rows = histories([3, 8, 2, 6, 5, 4])
     domains, samples = np.zeros(6, np.int64), np.arange(100, 106)
 
@@ -165,7 +173,7 @@ def test_loss_is_plain_cross_entropy_of_the_hidden_codes() -> None:
     rows = histories([4, 6])
     batch, _ = pack(rows, domains=np.zeros(2, np.int64), samples=np.arange(2))
     for smoothing in (0.0, 0.1):
-        task = MaskedTask(module, semantic_ids=IDS, masks=MaskConfig(), seed=0, label_smoothing=smoothing)
+        task = masked_task(module, masks=MaskConfig(), seed=0, label_smoothing=smoothing, item_weight=0.0)
         prepared, _ = task.prepare(batch, torch.device("cpu"))
         expected = 0.0
         for level, scores in enumerate(module(prepared.histories, prepared.hidden)):
@@ -199,9 +207,7 @@ def test_collate_never_shows_validation_or_test_items() -> None:
 def test_training_finds_a_rule() -> None:
     """The next item is the current one plus one: a few dozen steps must rank it first."""
     module = encoder(width=32, max_items=6)
-    task = MaskedTask(
-        module, semantic_ids=IDS, masks=MaskConfig(span=0.0, tail=1.0, multi_region=0.0, partial=0.0), seed=0
-    )
+    task = masked_task(module, masks=MaskConfig(span=0.0, tail=1.0, multi_region=0.0, partial=0.0), seed=0)
     optimiser = torch.optim.AdamW(module.parameters(), lr=5e-3)
     starts = np.arange(40)
     rows = Ragged.from_lists([[(s + i) % 40 for i in range(4)] for s in starts])
@@ -274,3 +280,73 @@ def test_embeddings_start_with_the_geometry_of_the_codebooks(width: int) -> None
         inner = functional.normalize(rows, dim=1) @ functional.normalize(rows, dim=1).T
         expected = functional.normalize(codebook, dim=1) @ functional.normalize(codebook, dim=1).T
         torch.testing.assert_close(inner, expected, atol=1e-4, rtol=1e-3)
+
+
+def brute_force_item_loss(logits: list[torch.Tensor], target: int) -> float:
+    log_probs = torch.stack([scores[IDS[:, level].astype(int)] for level, scores in enumerate(logits)]).sum(0)
+    return float(-log_probs.log_softmax(0)[target])
+
+
+def item_loss_of(logits: list[torch.Tensor], target: int, rows: torch.Tensor, log_weight: float) -> float:
+    codes = torch.from_numpy(IDS.astype(np.int64))
+    return float(
+        item_loss(
+            [scores[None] for scores in logits],
+            target_codes=codes[target][None],
+            target_rows=torch.tensor([target]),
+            candidate_codes=codes[rows],
+            candidate_rows=rows,
+            log_weight=log_weight,
+        )
+    )
+
+
+def test_item_loss_is_a_softmax_over_all_items() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(k) for k in LEVELS]
+    for target in (0, 17, 39):
+        ours = item_loss_of(logits, target, torch.arange(len(IDS)), 0.0)
+        assert ours == pytest.approx(brute_force_item_loss(logits, target), rel=1e-5)
+
+
+def test_sampled_candidates_estimate_the_full_softmax() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(k) for k in LEVELS]
+    target = 5
+    candidates = Candidates(torch.arange(len(IDS)), count=10, seed=1)
+    own = float(sum(scores[IDS[target, level]] for level, scores in enumerate(logits)))
+    partitions = []
+    for epoch in range(600):
+        rows, log_weight = candidates.draw(torch.arange(3), epoch=epoch)
+        assert rows.shape == (10,)
+        partitions.append(np.exp(item_loss_of(logits, target, rows, log_weight) + own))
+    expected = np.exp(brute_force_item_loss(logits, target) + own)
+    assert np.mean(partitions) == pytest.approx(expected, rel=0.05)
+
+
+def test_candidates_are_drawn_anew_and_reach_the_whole_pool() -> None:
+    pool = torch.arange(100, 140)
+    candidates = Candidates(pool, count=8, seed=1)
+    first = candidates.draw(torch.tensor([3, 4]), epoch=0)[0]
+    assert torch.equal(first, candidates.draw(torch.tensor([3, 4]), epoch=0)[0])
+    assert not torch.equal(first, candidates.draw(torch.tensor([3, 4]), epoch=1)[0])
+    assert not torch.equal(first, candidates.draw(torch.tensor([3, 5]), epoch=0)[0])
+    seen = torch.cat([candidates.draw(torch.tensor([3]), epoch=epoch)[0] for epoch in range(60)])
+    assert torch.equal(torch.unique(seen), pool)
+    assert Candidates(pool, count=40, seed=1).draw(torch.tensor([3]), epoch=0)[1] == 0.0
+
+
+def test_item_weight_adds_the_loss_of_wholly_hidden_items() -> None:
+    module = encoder()
+    batch, _ = pack(histories([6, 7]), domains=np.zeros(2, np.int64), samples=np.arange(2))
+    losses = []
+    for weight in (0.0, 1.0, 2.0):
+        task = masked_task(module, masks=MaskConfig(partial=0.0), item_weight=weight)
+        prepared, _ = task.prepare(batch, torch.device("cpu"))
+        losses.append(float(task.loss(module, prepared).detach()))
+    expected = 0.0
+    logits = module(prepared.histories, prepared.hidden)
+    for place, row in enumerate(prepared.histories.rows[prepared.hidden[:, 0]].tolist()):
+        expected += len(LEVELS) * brute_force_item_loss([scores[place].detach() for scores in logits], row)
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
+    assert losses[2] - losses[0] == pytest.approx(2 * expected, rel=1e-4)
