@@ -119,6 +119,7 @@ class Pipeline:
             "inputs": {name: str(artifact.path) for name, artifact in inputs.items()},
             "storage": str(self.store.root),
             "run_dir": str(self.run_dir),
+            "owner": self.record.owner if self._main else "",
             "progress_file": None,
         }
         start = time.monotonic()

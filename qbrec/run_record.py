@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import IO, Any
 
 from qbrec.config import RootConfig, dump_config
+from qbrec.engine.context import OWNER
 from qbrec.errors import ConfigError, LaunchError
 from qbrec.storage.artifact import write_atomic
 
@@ -24,6 +26,7 @@ class RunRecord:
     Attributes:
         path: The run's directory.
         stages: Stage → {"key", "path", "seconds"} of every stage brought up to date.
+        owner: Mark of this process, also in the run's directory: workers of an earlier one see that they are late.
         extra: Further facts, such as the registered version.
     """
 
@@ -32,6 +35,7 @@ class RunRecord:
         self.stages: dict[str, dict[str, Any]] = {}
         self.extra: dict[str, Any] = {}
         self.digest = ""
+        self.owner = ""
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -86,6 +90,8 @@ class RunRecord:
                 fix="choose another run.name (runs share finished stages), or delete that folder",
             )
         record.digest = digest
+        record.owner = uuid.uuid4().hex
+        write_atomic(path / OWNER, record.owner.encode())
         write_atomic(path / "config.yaml", dump_config(config).encode())
         record.save()
         return record

@@ -47,14 +47,16 @@ def _catalog(config: RootConfig) -> dict[str, Any]:
 
 def _pretrain(config: RootConfig) -> dict[str, Any]:
     sequence = _dump(config.sequence)
-    del sequence["finetune"]
-    return {"sequence": sequence}
+    for name in ("finetune", "finetune_masks", "finetune_prefix"):
+        del sequence[name]
+    # The target domain's validation users choose the weights.
+    return {"sequence": sequence, "target": config.data.target_domain}
 
 
 def _finetune(config: RootConfig) -> dict[str, Any]:
     return {
         "sequence": _dump(config.sequence),
-        "scorer": config.ranking.scorer,
+        "ranking": _ranking(config),
         "target": config.data.target_domain,
     }
 
@@ -62,9 +64,12 @@ def _finetune(config: RootConfig) -> dict[str, Any]:
 def _evaluation(config: RootConfig) -> dict[str, Any]:
     return {
         "evaluation": _dump(config.evaluation),
-        "scorer": config.ranking.scorer,
         "target": config.data.target_domain,
     }
+
+
+def _ranking(config: RootConfig) -> dict[str, Any]:
+    return config.ranking.model_dump(mode="json", exclude={"chunk_items"})
 
 
 def _dump(section: Any) -> dict[str, Any]:

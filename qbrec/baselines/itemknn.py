@@ -17,7 +17,6 @@ the history's item) gives .1262 / .1046 and .0804 / .0498.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,19 +26,16 @@ import torch
 from numpy.typing import NDArray
 
 from qbrec.baselines.sparse import SparseRace
+from qbrec.ranking.cooccurrence import co_occurrence, recency
 from qbrec.ranking.scorer import Domain
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import HistoriesLike, contexts_and_targets, validation_users
 from qbrec.storage.ragged import Ragged
 
-WINDOW = 10
-BACKWARD = 0.5
-LAST = 20
 ALPHAS = (0.1, 0.2, 0.3, 0.5)
 DECAYS = (0.6, 0.8, 0.9)
 TUNING_USERS = 50_000
 CHUNK_USERS = 1024
-CHUNK_INTERACTIONS = 1 << 21
 
 Array = NDArray[Any]
 
@@ -102,7 +98,7 @@ class ItemKNN:
             batch = users[begin : begin + CHUNK_USERS]
             contexts, targets = contexts_and_targets(histories, batch, part=0)
             for d, decay in enumerate(DECAYS):
-                raw = _recency(contexts, decay=decay, num_items=self.num_items) @ self._normalised
+                raw = recency(contexts, decay=decay, num_items=self.num_items) @ self._normalised
                 race = SparseRace(raw, targets, places=places, seen=contexts, allowed=allowed)
                 for a, discount in enumerate(discounts):
                     ranks = race.ranks(discount)
@@ -115,7 +111,7 @@ class ItemKNN:
 
     def scores(self, histories: Ragged, domain: Domain = 0) -> torch.Tensor:
         """Scores float32 [B, N]: positive for neighbours, below zero (by popularity) for all others."""
-        found = _recency(histories, decay=self.decay, num_items=self.num_items) @ self._matrix
+        found = recency(histories, decay=self.decay, num_items=self.num_items) @ self._matrix
         out = self._fill.repeat(len(histories), 1)
         dense = out.numpy()
         rows = np.repeat(np.arange(found.shape[0]), np.diff(found.indptr))
@@ -124,47 +120,3 @@ class ItemKNN:
 
     def _weighted(self, alpha: float) -> sp.csr_matrix:
         return (self._normalised @ sp.diags((self.counts + 1.0) ** -alpha)).tocsr().astype(np.float32)
-
-
-def co_occurrence(histories: Ragged, *, num_items: int) -> sp.csr_matrix:
-    """co(i, j) as in the head of this module.
-
-    Args:
-        histories: Training histories, U ragged rows of item rows.
-        num_items: N.
-
-    Returns:
-        float32 CSR [N, N]. The diagonal is dropped: an item is no reason to recommend itself.
-    """
-    total = sp.csr_matrix((num_items, num_items), dtype=np.float64)
-    # Cut into parts of so many interactions: the pairs of one part are twenty times as many.
-    marks = np.arange(0, histories.offsets[-1], CHUNK_INTERACTIONS)
-    cuts = np.searchsorted(histories.offsets, marks, side="right") - 1
-    for begin, end in itertools.pairwise(np.unique(np.append(cuts, len(histories)))):
-        total = total + _pairs(histories.slice(int(begin), int(end)), num_items=num_items)
-    return total.astype(np.float32)
-
-
-def _pairs(histories: Ragged, *, num_items: int) -> sp.csr_matrix:
-    items, user = histories.values.astype(np.int64), histories.row_ids
-    weight = (1 / np.log(2.0 + histories.lengths))[user]
-    rows, columns, data = [], [], []
-    for distance in range(1, WINDOW + 1):
-        same = user[distance:] == user[:-distance]
-        early, late = items[:-distance][same], items[distance:][same]
-        forward = weight[distance:][same] / distance
-        other = early != late
-        early, late, forward = early[other], late[other], forward[other]
-        rows += [early, late]
-        columns += [late, early]
-        data += [forward, BACKWARD * forward]
-    pairs = (np.concatenate(data), (np.concatenate(rows), np.concatenate(columns)))
-    return sp.csr_matrix(pairs, shape=(num_items, num_items))
-
-
-def _recency(histories: Ragged, *, decay: float, num_items: int) -> sp.csr_matrix:
-    """Weight decay^age of the last items of every history, float32 CSR [B, N]; repeated items add up."""
-    last = histories.last(LAST)
-    age = np.repeat(last.offsets[1:], last.lengths) - 1 - np.arange(len(last.values))
-    data = (decay**age).astype(np.float32)
-    return sp.csr_matrix((data, last.values.astype(np.int64), last.offsets), shape=(len(last), num_items))

@@ -111,7 +111,9 @@ class SequenceConfig(Section):
     max_items: Positive = 50  # the last H items of a history
     position: Literal["learned", "rotary"] = "learned"
     codebook_start: bool = True  # code embeddings start from the quantizer's codebooks, not at random
-    item_weight: float = Field(default=1.0, ge=0)  # softmax over items against those over codes; 0: codes only
+    item_weight: float = Field(
+        default=1.0, ge=0
+    )  # softmax over items against those over codes; 0: codes only
     candidates: Positive = 16_384  # items in that softmax; a uniform sample where the catalogue has more
     label_smoothing: Fraction = 0.0  # of the codes
     masks: MaskConfig = MaskConfig()
@@ -135,6 +137,9 @@ class RankingConfig(Section):
     """The one scorer that early stop, evaluation, recommend and bundle share."""
 
     scorer: Literal["factorised"] = "factorised"
+    # Co-occurring items kept per item for the bonus on the semantic-ID score; 0: no bonus.
+    # Its weight is chosen on validation when fine-tuning ends.
+    neighbours: Count = 100
     chunk_items: Positive = 65_536  # items scored at once
 
 

@@ -41,6 +41,7 @@ def save_checkpoint(
 ) -> None:
     """Write `step-N` and drop old ones, except the best. Called on every rank; rank 0 writes."""
     if ctx.is_main:
+        ctx.check_owner()
         writer = ArtifactWriter(ctx.checkpoint_dir / f"step-{step}", kind="checkpoint", key=ctx.key)
         if not (writer.path / MANIFEST).exists():  # a step is deterministic: what is there is the same
             writer.prepare()

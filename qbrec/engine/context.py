@@ -15,7 +15,10 @@ import torch.distributed as dist
 
 from qbrec.config.sections import ComputeConfig
 from qbrec.engine.progress import Progress
+from qbrec.errors import LaunchError
 from qbrec.storage.artifact import Artifact, ArtifactStore, ArtifactWriter
+
+OWNER = "owner"  # file of a run directory: the mark of the driver that has it
 
 
 @dataclass
@@ -28,6 +31,7 @@ class StageContext:
         rank: This process among `world`.
         device: Where tensors of this rank live.
         run_dir: `<storage>/runs/<name>`: metrics.jsonl and checkpoints.
+        owner: Mark of the driver that this rank works for; None: nobody else can have the run.
         recipe: Configuration that goes into the manifest.
         progress_file: Where progress is left for the driver; None: draw it here.
     """
@@ -43,6 +47,7 @@ class StageContext:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     progress_file: Path | None = None
+    owner: str | None = None
 
     @classmethod
     def local(
@@ -67,6 +72,20 @@ class StageContext:
     def checkpoint_dir(self) -> Path:
         """Where this stage keeps its checkpoints."""
         return self.run_dir / "checkpoints" / self.stage
+
+    def check_owner(self) -> None:
+        """Refuse to write for a driver that is gone while another one goes on with its run.
+
+        After `kill -9` of a driver its workers live for some seconds, on a cluster whose network is cut for
+        as long as that lasts. Called before anything that the next driver would find.
+
+        Raises:
+            LaunchError: The run belongs to another driver now.
+        """
+        if self.owner is not None and (self.run_dir / OWNER).read_text(encoding="utf-8") != self.owner:
+            raise LaunchError(
+                "another process has taken over this run", where=str(self.run_dir), fix="let that one go on"
+            )
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -107,6 +126,7 @@ class StageContext:
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append to the run's metrics.jsonl (rank 0 only)."""
         if self.is_main:
+            self.check_owner()
             line = {
                 "time": round(time.time(), 3),
                 "stage": self.stage,
@@ -124,6 +144,7 @@ class StageContext:
         """Writer of this stage's artifact, its directory emptied; called on every rank."""
         writer = self.store.writer(self.stage, self.key)
         if self.is_main:
+            self.check_owner()
             writer.prepare()
         self.barrier()
         return writer
@@ -134,6 +155,7 @@ class StageContext:
         """Finish this stage's artifact; called on every rank, written by rank 0."""
         self.barrier()
         if self.is_main:
+            self.check_owner()
             prints = {name: artifact.fingerprint for name, artifact in inputs.items()}
             writer.commit(meta=meta, inputs=prints, config=self.recipe, seed=self.seed)
         self.barrier()

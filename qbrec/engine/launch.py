@@ -131,5 +131,7 @@ def _saved_error(order: Order) -> QbrecError | None:
         saved = json.loads(error_file(order).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    if saved["owner"] != order["owner"]:
+        return None
     kind: type[QbrecError] = getattr(qbrec.errors, saved["kind"])
     return kind(saved["what"], where=saved["where"], fix=saved["fix"])

@@ -34,6 +34,7 @@ class Order(TypedDict):
     inputs: dict[str, str]  # name → directory of the artifact
     storage: str
     run_dir: str
+    owner: str  # the driver's mark in the run directory, see `StageContext.check_owner`
     progress_file: str | None
 
 
@@ -60,6 +61,7 @@ def run_order(order: Order, *, alone: bool = False) -> str:
     ctx = StageContext(
         store=store,
         run_dir=Path(order["run_dir"]),
+        owner=order["owner"],
         stage=order["stage"],
         key=order["key"],
         seed=config.run.seed,
@@ -102,6 +104,7 @@ def join_group(config: RootConfig) -> bool:
 def save_error(order: Order, error: QbrecError) -> None:
     """Leave a user's error for the driver: Ray hands back a wrapped text only."""
     document = {"kind": type(error).__name__, "what": error.what, "where": error.where, "fix": error.fix}
+    document["owner"] = order["owner"]  # a worker that outlived its driver must not stop the next one
     error_file(order).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(error_file(order), json.dumps(document).encode())
 

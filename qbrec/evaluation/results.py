@@ -24,6 +24,7 @@ from qbrec.evaluation.protocol import ModelRanks
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 
 MODEL = "qbrec"
+IDS_ALONE = "qbrec_ids"  # the same model without the co-occurrence bonus, where it has one
 MODES = ("removed", "kept")
 
 Table = dict[str, dict[str, dict[str, Cell]]]

@@ -16,11 +16,12 @@ from qbrec.config import RootConfig
 from qbrec.engine.context import StageContext
 from qbrec.evaluation.bootstrap import CONFIDENCE
 from qbrec.evaluation.protocol import ModelRanks, TestSet, rank_model
-from qbrec.evaluation.results import MODEL, MODES, summarise
+from qbrec.evaluation.results import IDS_ALONE, MODEL, MODES, summarise
 from qbrec.evaluation.slices import test_slices
-from qbrec.ranking import FactorisedScorer, Scorer
+from qbrec.ranking import Scorer
+from qbrec.ranking.cooccurrence import BonusScorer
 from qbrec.ranking.validate import validation_users
-from qbrec.sequence.recommender import SequenceRecommender
+from qbrec.sequence.bonus import BONUS_SETTING, load_scorer
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView, Histories
 
@@ -50,7 +51,10 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         seed=ctx.sub_seed("evaluation/users"),
     )
     settings: dict[str, dict[str, float]] = {}
-    models: dict[str, Scorer] = {MODEL: _model(ctx, config, inputs)}
+    if inputs["finetune"].has(BONUS_SETTING):
+        chosen = inputs["finetune"].load_json(BONUS_SETTING)
+        settings[MODEL] = {"bonus_weight": chosen["weight"], "bonus_decay": chosen["decay"]}
+    models = _models(ctx, config, inputs)
     for baseline in config.evaluation.baselines:
         if baseline == "popularity":
             models[baseline] = Popularity(counts)
@@ -92,10 +96,21 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     return ctx.commit(writer, meta=meta, inputs=inputs)
 
 
-def _model(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Scorer:
+def _models(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> dict[str, Scorer]:
+    """The model, and beside it the semantic IDs alone where it has more than them."""
     semantic_ids = inputs["quantizer"].load_npy("semantic_ids.npy")
-    encoder = SequenceRecommender.load(inputs["finetune"], semantic_ids=semantic_ids, device=ctx.device)
-    return FactorisedScorer(encoder, semantic_ids=semantic_ids, chunk_items=config.ranking.chunk_items)
+
+    def load(*, bonus: bool) -> Scorer:
+        return load_scorer(
+            inputs["finetune"],
+            semantic_ids=semantic_ids,
+            chunk_items=config.ranking.chunk_items,
+            device=ctx.device,
+            bonus=bonus,
+        )
+
+    whole = load(bonus=True)
+    return {MODEL: whole, IDS_ALONE: load(bonus=False)} if isinstance(whole, BonusScorer) else {MODEL: whole}
 
 
 def _itemknn(ctx: StageContext, histories: Histories, *, allowed: NDArray[np.bool_]) -> ItemKNN:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qbrec.evaluation.results import MODEL, MODES
+from qbrec.evaluation.results import IDS_ALONE, MODEL, MODES
 
 SHOWN = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10")
 NAME_WIDTH, CELL_WIDTH = 16, 18
@@ -22,7 +22,11 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         f"Full-catalogue ranking on {protocol['domain']}: {protocol['num_users']:,} users, "
         f"{protocol['num_candidates']:,} items; 95 % intervals over users"
     ]
-    models = sorted(metrics["models"], key=lambda name: (name != MODEL, name != "itemknn", name))
+    first = (MODEL, IDS_ALONE, "itemknn")
+    models = sorted(
+        metrics["models"],
+        key=lambda name: (name not in first, first.index(name) if name in first else 0, name),
+    )
     for mode in MODES:
         lines += ["", _row(f"seen {mode}", [name.upper() for name in SHOWN])]
         lines.append("─" * len(_row("", ["x"] * len(SHOWN)).ljust(NAME_WIDTH + CELL_WIDTH * len(SHOWN))))

@@ -72,6 +72,14 @@ def contexts_and_targets(
     return rows.take(users).prefix(start), rows.values[rows.offsets[users] + start].astype(np.int64)
 
 
+def drawn_users(histories: HistoriesLike, *, max_users: int, seed: int) -> NDArray[np.int64]:
+    """Users with a validation target, or `max_users` (0: all) of them drawn at random; ascending."""
+    users = validation_users(histories)
+    if 0 < max_users < len(users):
+        users = np.sort(np.random.default_rng(seed).choice(users, max_users, replace=False))
+    return users
+
+
 def validation_metrics(
     scorer: Scorer,
     histories: HistoriesLike,
@@ -108,10 +116,7 @@ def validation_metrics(
         `hr@1 … ndcg@20, mrr` as in `METRICS`, and `num_users`. All zero without a single validation target.
     """
     assert world == 1 or all_reduce is not None
-    users = validation_users(histories)
-    if 0 < max_users < len(users):
-        users = np.sort(np.random.default_rng(seed).choice(users, max_users, replace=False))
-    mine = users[rank::world]
+    mine = drawn_users(histories, max_users=max_users, seed=seed)[rank::world]
     sums = np.zeros(len(METRICS) + 1)
     step = batch_rows(batch_users, len(tie_rank))
     for begin in range(0, len(mine), step):

@@ -15,6 +15,7 @@ from typing import Any
 
 from qbrec.config import RootConfig
 from qbrec.errors import DataError
+from qbrec.sequence.bonus import BONUS_FILES
 from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore, write_atomic
 
 BUNDLE_FILE = "bundle.json"
@@ -25,7 +26,7 @@ FORMAT_VERSION = 1
 PARTS: dict[str, tuple[str, ...]] = {
     "catalog": ("items.arrow", "hashes.npy", "item_domain.npy", "train_counts.npy"),
     "quantizer": ("semantic_ids.npy", "codebooks.safetensors", "labels.json", "quality.json"),
-    "finetune": ("encoder.safetensors", "encoder.json"),
+    "finetune": ("encoder.safetensors", "encoder.json", *BONUS_FILES),
     "evaluation": ("metrics.json", "ranks.parquet"),
 }
 

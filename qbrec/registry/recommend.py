@@ -90,19 +90,18 @@ class Recommender:
         Raises:
             DataError: An artifact is missing or damaged.
         """
-        from qbrec.ranking import FactorisedScorer
-        from qbrec.sequence.recommender import SequenceRecommender
+        from qbrec.sequence.bonus import load_scorer
         from qbrec.storage.catalog_view import CatalogView
 
         catalog = CatalogView(require(artifacts, "catalog"))
         quantizer = require(artifacts, "quantizer")
         semantic_ids = quantizer.load_npy("semantic_ids.npy")
-        encoder = SequenceRecommender.load(require(artifacts, "finetune"), semantic_ids=semantic_ids)
+        finetune = require(artifacts, "finetune")
         return cls(
             catalog=catalog,
             semantic_ids=semantic_ids,
             labels=quantizer.load_json("labels.json"),
-            scorer=FactorisedScorer(encoder, semantic_ids=semantic_ids, chunk_items=ranking.chunk_items),
+            scorer=load_scorer(finetune, semantic_ids=semantic_ids, chunk_items=ranking.chunk_items),
             domain=domain or str(catalog.artifact.meta["target_domain"]),
         )
 

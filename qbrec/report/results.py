@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbrec.config import RootConfig
-from qbrec.evaluation.results import MODEL
+from qbrec.evaluation.results import IDS_ALONE, MODEL
 from qbrec.registry.metrics import Cells, cells_of, metric_names
 from qbrec.registry.recommend import Recommender
 from qbrec.report.blocks import Block, Card, Cell, Item, Part, Row, Section, Tile, cells
@@ -32,7 +32,7 @@ def tiles(artifacts: Mapping[str, Artifact]) -> list[Tile]:
     document = artifacts["evaluation"].load_json("metrics.json")
     values = {name: cells[HEADLINE]["mean"] for name, cells in cells_of(document["models"]).items()}
     found = [Tile(f"{values[MODEL]:.4f}", f"{HEADLINE.upper()} of {MODEL}, full catalogue")]
-    rivals = {name: value for name, value in values.items() if name != MODEL}
+    rivals = {name: value for name, value in values.items() if name not in (MODEL, IDS_ALONE)}
     if rivals:
         best = max(rivals, key=lambda name: rivals[name])
         found.append(Tile(f"{rivals[best]:.4f}", f"best baseline: {best}"))

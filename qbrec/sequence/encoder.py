@@ -53,8 +53,9 @@ class SequenceEncoder(nn.Module):
         """Start as a recommender of what is like the history, rather than as noise.
 
         Values, attention outputs, item projection and head begin as (scaled) identities: a hidden token then
-        collects the embeddings of its history and is compared with the codes as they are. With embeddings that
-        start from the codebooks this reaches in two epochs what a random start needs twelve for, and ends
+        collects the embeddings of its history and is compared with the codes as they are. With embeddings
+        that start from the codebooks this reaches in two epochs what a random start needs twelve for, and
+        ends
         higher. The rest is Xavier, feed-forward outputs shrunk by depth; embeddings are normal.
         """
         for module in self.modules():

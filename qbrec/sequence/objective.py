@@ -1,9 +1,10 @@
-"""The two losses of stage 3: every level's own softmax, and the softmax over items of the very score that serves.
+"""The two losses of stage 3: each level's own softmax, and the softmax over items of the score that serves.
 
-Levels alone are not enough: their product counts the popularity of codes once per level and never learns which
-combinations are items. So the factorised score Σ_l z_l(c_{i,l}) of wholly hidden items is trained as one softmax over
-the candidates as well. It needs no further parameter and leaves the scorer factorised. (Ours, beyond the paper: a
-fifth to a third more validation NDCG@10 on Amazon Scientific and Beauty.)
+Levels alone are not enough: their product counts the popularity of codes once per level, and it never learns
+which combinations are items. So the factorised score Σ_l z_l(c_{i,l}) of wholly hidden items is also trained
+as
+one softmax over candidates. It needs no further parameter and leaves the scorer factorised. (Ours, beyond the
+paper: a fifth to a third more validation NDCG@10 on Amazon Scientific and Beauty.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qbrec.sequence.masks import CANDIDATES, uniform
 
 @dataclass(frozen=True)
 class Candidates:
-    """Items that the hidden one is told from: all of a pool, or a uniform sample of it where the pool is large.
+    """Items that the hidden one is told from: all of a pool, or a uniform sample of a large one.
 
     Attributes:
         pool: int64 [P], item rows.
@@ -36,7 +37,7 @@ class Candidates:
         """Candidates of the micro-batch that consists of `samples` int64 [B].
 
         Returns:
-            Item rows int64 [C] on the device of `samples`, and log of how many items of the pool each stands for.
+            Item rows int64 [C] on the device of `samples`, and log of how many items each stands for.
         """
         pool = self.pool.to(samples.device)
         if len(pool) <= self.count:

@@ -18,6 +18,7 @@ from qbrec.errors import DataError
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import validation_metrics
+from qbrec.sequence.bonus import fit_bonus, save_bonus
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.objective import Candidates
 from qbrec.sequence.packing import PackedRows
@@ -131,9 +132,14 @@ def _run(
         evaluate=_evaluator(ctx, config, catalog, semantic_ids),
         monitor=MONITOR,
     )
+    bonus = None
+    if domain is not None and config.ranking.neighbours:
+        bonus = fit_bonus(ctx, config, catalog, scorer=_scorer(ctx, config, module, semantic_ids))
     writer = ctx.writer()
     if ctx.is_main:
         save_encoder(writer, module)
+        if bonus is not None:
+            save_bonus(writer, *bonus)
         writer.save_json("curve.json", result.curve)
     meta = _meta(result, module, num_histories=loader.num_samples)
     return ctx.commit(writer, meta=meta, inputs=inputs)
@@ -175,6 +181,13 @@ def history_loader(
     )
 
 
+def _scorer(
+    ctx: StageContext, config: RootConfig, module: SequenceEncoder, semantic_ids: NDArray[Any]
+) -> FactorisedScorer:
+    recommender = SequenceRecommender(module, semantic_ids=semantic_ids, device=ctx.device)
+    return FactorisedScorer(recommender, semantic_ids=semantic_ids, chunk_items=config.ranking.chunk_items)
+
+
 def _evaluator(
     ctx: StageContext, config: RootConfig, catalog: CatalogView, semantic_ids: NDArray[Any]
 ) -> Callable[[nn.Module], Mapping[str, float]]:
@@ -186,12 +199,8 @@ def _evaluator(
 
     def evaluate(module: nn.Module) -> Mapping[str, float]:
         assert isinstance(module, SequenceEncoder)
-        recommender = SequenceRecommender(module, semantic_ids=semantic_ids, device=ctx.device)
-        scorer = FactorisedScorer(
-            recommender, semantic_ids=semantic_ids, chunk_items=config.ranking.chunk_items
-        )
         return validation_metrics(
-            scorer,
+            _scorer(ctx, config, module, semantic_ids),
             histories,
             tie_rank=ties,
             allowed=allowed,

@@ -64,7 +64,7 @@ class HistoryCollate:
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """A prepared micro-batch: histories, what is hidden of them (bool [S, L]), and the epoch it is part of."""
+    """A prepared micro-batch: histories, what is hidden of them (bool [S, L]), and its epoch."""
 
     histories: PackedHistories
     hidden: torch.Tensor
@@ -72,7 +72,7 @@ class MaskedBatch:
 
 
 class MaskedTask:
-    """Predict hidden codes and hidden items (`engine.Task`). Pretraining and fine-tuning differ in masks and pool.
+    """Predict hidden codes and hidden items (`engine.Task`). Pretraining and fine-tuning differ in masks.
 
     Args:
         module: The encoder.

@@ -149,7 +149,10 @@ class ArtifactWriter:
         """Empty the directory: an earlier attempt may have been cut off. One rank, before others write."""
         assert not (self.path / MANIFEST).exists(), "a finished artifact is never overwritten"
         if self.path.exists():
-            shutil.rmtree(self.path)
+            # Out of the way at once: whoever was cut off there may still be writing.
+            old = self.path.with_name(f"{self.path.name}.{os.getpid()}.old")
+            os.replace(self.path, old)
+            shutil.rmtree(old, ignore_errors=True)
         self.path.mkdir(parents=True)
 
     def write_bytes(self, name: str, data: bytes) -> Path:

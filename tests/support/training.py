@@ -32,7 +32,7 @@ class ToyTask:
 
 
 class ToyLoader:
-    """`n` samples in batches of 8, micro-batches of 2, dealt to the ranks in turn; the last batch is small."""
+    """`n` samples in batches of 8, micro-batches of 2, dealt to the ranks in turn; the last is small."""
 
     def __init__(self, rank: int, world: int, *, n: int = 37, stop_at: int = 0) -> None:
         generator = torch.Generator().manual_seed(1)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qbrec.baselines import ItemKNN, Popularity, itemknn
 from qbrec.baselines.sparse import SparseRace
 from qbrec.evaluation.protocol import TestSet, rank_model
-from qbrec.ranking import target_ranks, tie_rank, validation_metrics
+from qbrec.ranking import cooccurrence, target_ranks, tie_rank, validation_metrics
 from qbrec.storage.ragged import Ragged
 
 NUM_ITEMS = 40
@@ -59,7 +59,7 @@ def by_loops(training: list[list[int]], history: list[int], *, alpha: float, dec
 
 @pytest.mark.parametrize("chunk", [17, 1 << 20])
 def test_itemknn_is_the_formula(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(itemknn, "CHUNK_INTERACTIONS", chunk)
+    monkeypatch.setattr(cooccurrence, "CHUNK_INTERACTIONS", chunk)
     data = random_histories(12)
     training = data.rows.prefix(data.cut[:, 0])
     fitted = ItemKNN.fit(training, num_items=NUM_ITEMS)
