@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from qbrec.config import RootConfig, dump_config
-from qbrec.engine.context import OWNER
 from qbrec.errors import ConfigError, LaunchError
 from qbrec.storage.artifact import write_atomic
 
@@ -62,6 +61,8 @@ class RunRecord:
             ConfigError: The name is in use with another configuration, or `resume` does not fit.
             LaunchError: Another process is running it.
         """
+        from qbrec.engine.context import OWNER  # brings torch along
+
         path = run_directory(config)
         existed = (path / "run.json").is_file()
         if resume == "must" and not existed:
