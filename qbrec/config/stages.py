@@ -87,12 +87,12 @@ class QuantizerConfig(Section):
 class MaskConfig(Section):
     """Mixture and shape of the masks of stage 3 (paper: span, tail, multi-region)."""
 
-    span: Fraction = 0.4
-    tail: Fraction = 0.2
+    span: Fraction = 0.3
+    tail: Fraction = 0.3
     multi_region: Fraction = 0.4
-    ratio: Fraction = 0.2  # of the items of a history, for span and multi_region
+    ratio: Fraction = 0.3  # of the items of a history, for span and multi_region
     max_span: Positive = 5
-    partial: Fraction = 0.2  # probability that only the deeper levels of an item are masked
+    partial: Fraction = 0.1  # probability that only the deeper levels of an item are masked
 
     @model_validator(mode="after")
     def _some(self) -> MaskConfig:
@@ -104,9 +104,9 @@ class MaskConfig(Section):
 class SequenceConfig(Section):
     """Stage 3: masked encoder over semantic IDs, pretrained on all domains, fine-tuned on one."""
 
-    width: Positive = 128
-    layers: Positive = 3
-    heads: Positive = 4
+    width: Positive = 64
+    layers: Positive = 2
+    heads: Positive = 2
     dropout: Fraction = 0.2
     max_items: Positive = 50  # the last H items of a history
     position: Literal["learned", "rotary"] = "learned"
@@ -123,8 +123,12 @@ class SequenceConfig(Section):
     )
     finetune_prefix: Fraction = 0.7
     validation_users: Count = 10_000  # users scored by every evaluation while training; 0: all
-    pretrain: TrainConfig = TrainConfig(epochs=20, batch_size=256, micro_batch=128)
-    finetune: TrainConfig = TrainConfig(epochs=20, batch_size=256, micro_batch=128, patience=3)
+    pretrain: TrainConfig = TrainConfig(
+        epochs=20, batch_size=128, micro_batch=64, learning_rate=2e-3, evaluate_every=2, patience=3
+    )
+    finetune: TrainConfig = TrainConfig(
+        epochs=10, batch_size=128, micro_batch=64, learning_rate=5e-4, patience=3
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> SequenceConfig:
