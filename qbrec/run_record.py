@@ -25,7 +25,7 @@ class RunRecord:
     Attributes:
         path: The run's directory.
         stages: Stage → {"key", "path", "seconds"} of every stage brought up to date.
-        owner: Mark of this process, also in the run's directory: workers of an earlier one see that they are late.
+        owner: Mark of this process, also in the run's directory: an earlier one's workers see they are late.
         extra: Further facts, such as the registered version.
     """
 

@@ -15,8 +15,7 @@ def run(config_path: str | None, overrides: tuple[str, ...], workers: int | None
     """Catalog, fusion, quantizer, pretraining, fine-tuning, evaluation, registration, report.
 
     Stages that are up to date are skipped; one that was cut off goes on from its last checkpoint. It ends
-    with a
-    table: qbrec beside the baselines, over the full catalogue, with 95 % intervals.
+    with a table: qbrec beside the baselines, over the full catalogue, with 95 % intervals.
 
     \b
     Examples:

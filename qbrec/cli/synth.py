@@ -19,8 +19,7 @@ def synth(out: str, items: int, users: int, seed: int, images: bool) -> None:
     """Write items.parquet, interactions.parquet and truth.parquet to FOLDER.
 
     A taxonomy with titles, descriptions, brands and pictures that follow it, users who walk it; some items
-    lack
-    the picture, some are duplicate listings, some were never bought.
+    lack the picture, some are duplicate listings, some were never bought.
 
     \b
     Examples:

@@ -36,7 +36,9 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
 def parse_config(tree: Mapping[str, Any], *, where: str = "configuration") -> RootConfig:
     """Validate a plain dictionary; raises ConfigError that names every wrong key."""
     try:
-        return RootConfig.model_validate(_tuples(tree))
+        # Merged into the defaults as they stand: whoever sets only `sequence.pretrain.epochs` keeps the batch
+        # size of that section instead of the one that every TrainConfig begins with.
+        return RootConfig.model_validate(_merge(RootConfig().model_dump(), _tuples(tree)))
     except ValidationError as error:
         raise _explain(error, where) from None
 

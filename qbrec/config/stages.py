@@ -42,9 +42,8 @@ class FusionConfig(Section):
     modality_dropout: Fraction = 0.1
     behaviour_dim: Count = 64  # of the co-occurrence view of the training part; 0: no such view
     behaviour_window: Positive = 5  # positions in a history within which two items are together
-    behaviour_weight: float = Field(
-        default=3.0, ge=0
-    )  # of fused-behaviour in the loss, against 1 per other modality
+    # Of fused-behaviour in the loss, against 1 per other modality.
+    behaviour_weight: float = Field(default=3.0, ge=0)
     behaviour_interactions: Positive = 50_000_000  # above this many a sample of the users is counted
     cross_weight: float = Field(default=0.25, ge=0)  # of two modalities with each other in the loss
     train: TrainConfig = TrainConfig(epochs=10, batch_size=512, micro_batch=256)
@@ -76,9 +75,8 @@ class QuantizerConfig(Section):
     refine_epochs: Count = 2  # joint EMA passes (rvq)
     refine_solves: Count = 1  # least-squares solves of all codebooks (rvq)
     beam: Positive = 1  # partial IDs kept while encoding; 1: greedy
-    held_out: float = Field(
-        default=0.05, ge=0, lt=1
-    )  # share of the items kept from the fit, for the held-out error
+    # Share of the items kept from the fit, for the held-out error.
+    held_out: float = Field(default=0.05, ge=0, lt=1)
     collisions: Literal["none", "next_nearest"] = "next_nearest"
     capacity: Positive = 1  # items of different content per ID, for next_nearest
     quality: QualityConfig = QualityConfig()
@@ -111,16 +109,14 @@ class SequenceConfig(Section):
     max_items: Positive = 50  # the last H items of a history
     position: Literal["learned", "rotary"] = "learned"
     codebook_start: bool = True  # code embeddings start from the quantizer's codebooks, not at random
-    item_weight: float = Field(
-        default=1.0, ge=0
-    )  # softmax over items against those over codes; 0: codes only
+    # Softmax over items against those over codes; 0: codes only.
+    item_weight: float = Field(default=1.0, ge=0)
     candidates: Positive = 16_384  # items in that softmax; a uniform sample where the catalogue has more
     label_smoothing: Fraction = 0.0  # of the codes
     masks: MaskConfig = MaskConfig()
     finetune_masks: MaskConfig = MaskConfig(span=0.0, tail=1.0, multi_region=0.0, partial=0.0)
-    pretrain_prefix: Fraction = (
-        0.5  # histories cut at a random item, so that every item is the last one at times
-    )
+    # Share of the histories cut at a random item, so that every item is the last one at times.
+    pretrain_prefix: Fraction = 0.5
     finetune_prefix: Fraction = 0.7
     validation_users: Count = 10_000  # users scored by every evaluation while training; 0: all
     pretrain: TrainConfig = TrainConfig(
@@ -134,6 +130,8 @@ class SequenceConfig(Section):
     def _heads(self) -> SequenceConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.position == "rotary" and self.width // self.heads % 2:
+            raise ValueError(f"rotary positions need an even width per head, not {self.width // self.heads}")
         return self
 
 

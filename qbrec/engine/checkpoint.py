@@ -1,8 +1,7 @@
 """Checkpoints: artifacts independent of world size and ZeRO stage, the last good one always whole.
 
 `<run>/checkpoints/<stage>/step-N/{weights.safetensors, moments.safetensors, manifest.json}`; loader position,
-best
-result and curve are in the manifest's `meta`. Nothing here is unpickled.
+best result and curve are in the manifest's `meta`. Nothing here is unpickled.
 """
 
 from __future__ import annotations

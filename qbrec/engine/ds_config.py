@@ -29,8 +29,7 @@ def deepspeed_config(compute: ComputeConfig, train: TrainConfig) -> dict[str, An
     """The ds_config of a stage.
 
     Gradient accumulation is steered by the loop (`set_gradient_accumulation_boundary`), because the last
-    batch of an
-    epoch has fewer micro-batches than the others; DeepSpeed itself is told 1.
+    batch of an epoch has fewer micro-batches than the others; DeepSpeed itself is told 1.
     """
     precision = resolve_precision(compute)
     config: dict[str, Any] = {

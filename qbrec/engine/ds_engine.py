@@ -44,8 +44,7 @@ def import_deepspeed(device: str) -> Any:
     """The deepspeed module, set up for a device (`cpu` or `cuda`)."""
     os.environ.setdefault("DS_ACCELERATOR", device)
     # DeepSpeed's autotuner, which we do not use, tries to import MLflow: six of the eight seconds its import
-    # takes,
-    # in every worker. None in sys.modules makes that attempt an ImportError, which it handles.
+    # takes, in every worker. None in sys.modules makes that attempt an ImportError, which it handles.
     hidden = "mlflow" not in sys.modules
     if hidden:
         sys.modules["mlflow"] = None  # type: ignore[assignment]

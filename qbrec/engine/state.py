@@ -62,8 +62,7 @@ def write_state(
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     # AdamW makes its moments at its first step, and each step copies the master weights to where forward
-    # reads them.
-    # With lr 0 and zero gradients a step does both and moves nothing else, at every ZeRO stage.
+    # reads them. With lr 0 and zero gradients a step does both and moves nothing else, at every ZeRO stage.
     _idle_step(engine, loss)
     _relink(engine)
     for name, parameter in _parameters(engine):

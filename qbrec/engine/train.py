@@ -83,10 +83,8 @@ def train(
     """Train `task.module` and leave the resulting weights (the best ones where `monitor` is set) in it.
 
     The loss of a step is the sum over all targets of the global batch divided by their number, so it does not
-    depend
-    on the world size, on how a batch is cut, or on the ZeRO stage. A run that was cut off goes on with the
-    very next
-    step, bit for bit on a CPU in float32.
+    depend on the world size, on how a batch is cut, or on the ZeRO stage. A run that was cut off goes on with
+    the very next step, bit for bit on a CPU in float32.
 
     Args:
         ctx: The rank's context.

@@ -1,17 +1,14 @@
 """Which items follow which: decayed co-occurrence in training histories, and the bonus it adds to a score.
 
 co(i, j) sums, over training histories of length n and over their pairs at a distance d ≤ 10, 1 / (d · log(2 +
-n))
-when j comes after i and half of that when it comes before. For a history with items i the candidate j
+n)) when j comes after i and half of that when it comes before. For a history with items i the candidate j
 collects
 
     s(j) = Σ_{i in the last 20}  decay^age(i) · co(i, j) / ( (pop_j + 1)^0.1 · sqrt(pop_i + 1) )
 
 and its bonus is weight · log(1 + 10 · s(j) / s̄), s̄ the mean over the candidates of that history: zero for
-items that
-co-occur with nothing in it, and on one scale for every user. Semantic IDs generalise, co-occurrence
-remembers;
-`weight` (0 switches it off) and `decay` are chosen on validation.
+items that co-occur with nothing in it, and on one scale for every user. Semantic IDs generalise,
+co-occurrence remembers; `weight` (0 switches it off) and `decay` are chosen on validation.
 """
 
 from __future__ import annotations

@@ -53,10 +53,10 @@ class SequenceEncoder(nn.Module):
         """Start as a recommender of what is like the history, rather than as noise.
 
         Values, attention outputs, item projection and head begin as (scaled) identities: a hidden token then
-        collects the embeddings of its history and is compared with the codes as they are. With embeddings
-        that start from the codebooks this reaches in two epochs what a random start needs twelve for, and
-        ends
-        higher. The rest is Xavier, feed-forward outputs shrunk by depth; embeddings are normal.
+        collects the embeddings of its history and is compared with the codes as they are. With
+        embeddings from the codebooks it reaches in two epochs what Xavier matrices need twelve for (Amazon
+        Scientific), and ends higher. The rest is Xavier, feed-forward outputs
+        shrunk by depth; embeddings are normal.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

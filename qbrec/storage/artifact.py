@@ -1,9 +1,8 @@
 """Artifacts: immutable directories that exist once their manifest does.
 
 Layout: `<root>/artifacts/<kind>/<key16>/{files…, manifest.json}`. The key says what may be skipped (it hashes
-    the
-configuration and the fingerprints of the inputs), the fingerprint says what is really there (it hashes the
-files).
+the configuration and the fingerprints of the inputs), the fingerprint says what is really there (it hashes
+the files).
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ import pytest
 from tests.support.cli import ROOT, STAGES, Road, environment, must, small_config
 
 TRAINING = ("fusion", "pretrain", "finetune")
-# Here everything dies at once, as in a power cut, so that the stage cannot end by itself. In the other stages only
-# the driver is killed: its workers live on for a while beside those of the next one.
+# Here everything dies at once, as in a power cut, so that the stage cannot end by itself. In the other stages
+# only the driver is killed: its workers live on for a while beside those of the next one.
 POWER_CUT = ("fusion", "pretrain")
 LAST_LINE_BEFORE = {"catalog": "writing items", "evaluation": "rank all items"}
 # Two helpers of Ray wait a minute for the dead head before they end; they touch nothing of ours.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qbrec.config import dump_config, load_config, parse_config
+from qbrec.config import RootConfig, dump_config, load_config, parse_config
 from qbrec.errors import ConfigError
 
 
@@ -69,3 +69,15 @@ def test_a_missing_file_and_broken_yaml_are_configuration_errors(tmp_path: Path)
         load_config(_write(tmp_path, "a: [1,"))
     with pytest.raises(ConfigError, match="choose one of small"):
         load_config("preset:large-ish")
+
+
+@pytest.mark.parametrize(
+    "section", ["fusion.train", "sequence.pretrain", "sequence.finetune", "sequence.masks"]
+)
+def test_one_key_of_a_section_leaves_its_other_defaults(section: str) -> None:
+    def of(config: RootConfig) -> dict[str, object]:
+        outer, inner = section.split(".")
+        return getattr(getattr(config, outer), inner).model_dump()
+
+    key, value = ("partial", 0.7) if section.endswith("masks") else ("epochs", 77)
+    assert of(load_config(overrides=[f"{section}.{key}={value}"])) == of(RootConfig()) | {key: value}

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from qbrec.config import RootConfig, load_config
+from qbrec.engine.checkpoint import save_checkpoint
+from qbrec.engine.context import StageContext
 from qbrec.errors import ConfigError, LaunchError
 from qbrec.run_record import RunRecord, run_directory
+from qbrec.storage.artifact import ArtifactStore
 
 
 def _config(storage: Path, *overrides: str) -> RootConfig:
@@ -40,3 +43,23 @@ def test_a_run_has_one_owner(tmp_path: Path) -> None:
     record.save()
     record.close()
     assert RunRecord.load(run_directory(_config(tmp_path))).stages["catalog"]["key"] == "k"
+
+
+def test_a_worker_that_outlived_its_driver_writes_nothing(tmp_path: Path) -> None:
+    first = RunRecord.own(_config(tmp_path), resume="auto")
+    late = StageContext.local(ArtifactStore(tmp_path), first.path)
+    late.owner = first.owner
+    late.log_metrics(1, {"loss": 1.0})
+    first.close()  # as the death of its process does
+    second = RunRecord.own(_config(tmp_path), resume="auto")
+    before = sorted(tmp_path.rglob("*")), (first.path / "metrics.jsonl").read_bytes()
+    for write in (
+        lambda: late.log_metrics(2, {"loss": 0.5}),
+        late.writer,
+        lambda: late.commit(ArtifactStore(tmp_path).writer("stage", "0" * 64), meta={}, inputs={}),
+        lambda: save_checkpoint(late, step=1, weights={}, moments={}, meta={}, keep=1, best_step=None),
+    ):
+        with pytest.raises(LaunchError, match="taken over"):
+            write()
+    assert (sorted(tmp_path.rglob("*")), (first.path / "metrics.jsonl").read_bytes()) == before
+    second.close()

@@ -350,3 +350,8 @@ def test_item_weight_adds_the_loss_of_wholly_hidden_items() -> None:
         expected += len(LEVELS) * brute_force_item_loss([scores[place].detach() for scores in logits], row)
     assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
     assert losses[2] - losses[0] == pytest.approx(2 * expected, rel=1e-4)
+
+
+def test_rotary_positions_need_pairs_of_channels() -> None:
+    with pytest.raises(ValueError, match="even width per head"):
+        SequenceConfig(width=6, heads=2, position="rotary")
