@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from qbrec.catalog.ngrams import NUM_BUCKETS, ngram_counts, normalise
+from qbrec.engine.threads import one_blas_thread
 from qbrec.storage.hashing import mix64
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def _tfidf(texts: pa.Array, idf: Floats) -> sparse.csr_matrix:
     return total
 
 
+@one_blas_thread()
 def _right_singular_vectors(matrix: sparse.csr_matrix, rank: int, seed: int) -> Floats:
     """Randomised SVD (Halko, Martinsson, Tropp 2011) of a sparse [n, F]: right vectors [F, ≤ rank]."""
     rng = np.random.default_rng(seed)

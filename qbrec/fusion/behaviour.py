@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from qbrec.engine.threads import one_blas_thread
 from qbrec.storage.block_reader import BlockSet
 from qbrec.storage.hashing import uniform
 from qbrec.storage.ragged import Ragged
@@ -85,6 +86,7 @@ def positive_pmi(counts: sp.csr_matrix) -> sp.csr_matrix:
     return ppmi
 
 
+@one_blas_thread()
 def behaviour_vectors(
     histories: Ragged, *, num_items: int, dim: int, window: int, seed: int
 ) -> NDArray[np.float32]:

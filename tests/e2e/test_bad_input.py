@@ -104,7 +104,6 @@ def replace(table: pa.Table, column: str, rows: dict[int, Any]) -> pa.Table:
 
 
 def refused(told: Told, code: int, *words: str) -> None:
-    print("TOLD", told.text)
     assert told.code == code, told.text
     assert "Traceback" not in told.text
     assert "fix:" in told.text

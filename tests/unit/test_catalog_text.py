@@ -88,6 +88,17 @@ def test_state_comes_back() -> None:
     np.testing.assert_array_equal(again.encode(texts, field="title"), encoder.encode(texts, field="title"))
 
 
+def test_the_fit_does_not_depend_on_the_number_of_threads() -> None:
+    words = np.array([f"word{n}" for n in range(700)])
+    rows = np.random.default_rng(0).zipf(1.3, size=(1500, 8)) % len(words)
+    texts = clean(*(" ".join(words[row]) for row in rows))
+    states = []
+    for threads in (1, 2, 4):
+        with threadpool_limits(threads):
+            states.append(fitted(texts, dim=200).projection)
+    assert all(np.array_equal(state, states[0]) for state in states)
+
+
 def test_neighbours_share_the_leaf(tmp_path: Path) -> None:
     shop = generate(tmp_path, num_items=1500, num_users=5, images=False, cold=0.0)
     titles = normalise(pq.read_table(shop.items)["title"].combine_chunks())
