@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from qbrec.engine.threads import one_blas_thread
+
 CONFIDENCE = 0.95
 # Above this many users, random groups of users are resampled instead: the same variance at a bounded cost.
 MAX_UNITS = 65_536
@@ -40,6 +42,7 @@ class UserSums:
         """Sum of every column over all users, float64 [C]."""
         return np.array([column.sum() for column in self._columns])
 
+    @one_blas_thread()
     def resampled(self, *, resamples: int, seed: int) -> NDArray[np.float64]:
         """Sum of every column in every resample, float64 [R, C]; the same resamples for all columns.
 
