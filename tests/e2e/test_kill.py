@@ -21,8 +21,8 @@ TRAINING = ("fusion", "pretrain", "finetune")
 # only the driver is killed: its workers live on for a while beside those of the next one.
 POWER_CUT = ("fusion", "pretrain")
 LAST_LINE_BEFORE = {"catalog": "writing items", "evaluation": "rank all items"}
-# Two helpers of Ray wait a minute for the dead head before they end; they touch nothing of ours. Linux keeps the
-# first 15 characters of a process's name.
+# Two helpers of Ray wait a minute for the dead head before they end; they touch nothing of ours.
+# Linux keeps the first 15 characters of a process's name.
 RAY_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
 
 
