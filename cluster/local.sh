@@ -91,6 +91,12 @@ up() {
         done
         echo "node $i is up"
     done
+    # `ray status` shows the cluster as it was some seconds ago: what is asked next shall see all of it.
+    deadline=$((SECONDS + 60))
+    until ray status --address "127.0.0.1:$PORT" 2>/dev/null | grep -q "/$((count * CPUS)).0 CPU"; do
+        ((SECONDS < deadline)) || fail "the head does not report all $count nodes" "bash cluster/local.sh status"
+        sleep 1
+    done
     echo "dashboard: $RAY_API_SERVER_ADDRESS (token in $DIR/token)"
 }
 
