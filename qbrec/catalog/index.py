@@ -14,7 +14,7 @@ from qbrec.catalog.contract import Domain
 from qbrec.catalog.encode import strings
 from qbrec.catalog.units import read_unit
 from qbrec.errors import DataError
-from qbrec.storage.hashing import hash64
+from qbrec.storage.hashing import hash64, rows_of
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,6 @@ def _describe(
         if start <= row < start + table.num_rows:
             return strings(table, "item_id")[row - start].as_py(), f"{unit['path']}, row {row} (from 0)"
     raise AssertionError("the row was there a moment ago")
-
-
-def rows_of(hashes: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Row of each wanted hash in the sorted `hashes`, -1 where it is not among them; int64 [n]."""
-    if len(hashes) == 0:
-        return np.full(len(wanted), -1, dtype=np.int64)
-    # Sorted queries walk the index once instead of missing the cache at every step: ten times faster at 50 M.
-    order = np.argsort(wanted)
-    place = np.searchsorted(hashes, wanted[order])
-    hit = hashes[np.minimum(place, len(hashes) - 1)] == wanted[order]
-    rows = np.empty(len(wanted), dtype=np.int64)
-    rows[order] = np.where(hit, place, -1)
-    return rows
 
 
 def distinct_rows(hashes: NDArray[np.uint64], domain: str, ids: pa.Array) -> NDArray[np.int64]:

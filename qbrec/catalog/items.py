@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from qbrec.catalog.contract import Domain
 from qbrec.catalog.encode import DISPLAY, ItemEncoder, category_paths, from_binary, item_texts, strings
-from qbrec.catalog.index import Locations, rows_of
+from qbrec.catalog.index import Locations
 from qbrec.catalog.ngrams import NUM_BUCKETS
 from qbrec.catalog.rejected import ITEMS, pack
 from qbrec.catalog.text import FIELDS, SAMPLE_TEXTS, HashedNgramEncoder, document_frequencies, normalise
 from qbrec.catalog.units import read_unit, write_part
 from qbrec.config.sections import CatalogConfig
 from qbrec.storage.blocks import BlockTarWriter
-from qbrec.storage.hashing import hash64, hash_bytes
+from qbrec.storage.hashing import hash64, hash_bytes, rows_of
 
 _TEXT_COLUMNS = ("title", "description", "brand", "categories")
 _BATCH_ROWS = 2_048

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qbrec.errors import DataError
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.blocks import BlockSet, RaggedField
-from qbrec.storage.hashing import hash64
+from qbrec.storage.hashing import hash64, rows_of
 from qbrec.storage.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -126,15 +126,7 @@ class CatalogView:
     def lookup(self, item_ids: Sequence[str], domain: str) -> NDArray[np.int64]:
         """Rows of item ids of a domain, int64 [n]; -1 where an id is unknown."""
         self.domain_number(domain)
-        wanted = hash64(domain, item_ids)
-        hashes = self._hashes
-        # Sorted queries walk the mapped index once.
-        order = np.argsort(wanted)
-        place = np.searchsorted(hashes, wanted[order])
-        hit = hashes[np.minimum(place, len(hashes) - 1)] == wanted[order]
-        rows = np.empty(len(wanted), dtype=np.int64)
-        rows[order] = np.where(hit, place, -1)
-        return rows
+        return rows_of(self._hashes, hash64(domain, item_ids))
 
     def user_ids(self, users: Rows) -> list[str]:
         """User ids of user numbers, in their order."""

