@@ -1,4 +1,4 @@
-"""Interactions on Ray Data: validate and look up → shuffle by hash range of the user → one tar per Ray task.
+"""Histories, the part of Ray tasks: read, look up and split by user → sort, cut and write one tar.
 
 A partition is a range of user hashes, so users come out numbered in the order of their hash, whatever the
 number of workers; within a partition everything is sorting and run lengths, no Python runs per user.
@@ -6,7 +6,6 @@ number of workers; within a partition everything is sorting and run lengths, no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,47 +15,90 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from qbrec.catalog import rejected
 from qbrec.catalog.contract import Domain
 from qbrec.catalog.encode import strings
+from qbrec.catalog.exchange import fetch, range_of, split_by
 from qbrec.catalog.index import distinct_rows
-from qbrec.catalog.rejected import INTERACTIONS, pack
-from qbrec.catalog.units import read_unit, write_part
+from qbrec.catalog.parts import write_part
+from qbrec.catalog.units import read_unit
 from qbrec.config.sections import CatalogConfig
 from qbrec.errors import DataError
 from qbrec.storage.block_format import BLOCKS_PER_SHARD
 from qbrec.storage.blocks import BlockTarWriter
 from qbrec.storage.hashing import combine64, hash64
 
-INTERACTIONS_PER_PARTITION = 1 << 22  # about 70 MB of tar
+INTERACTION_BYTES = 16  # of a history tar: row and time
 _BATCH_ROWS = 1 << 18
 Ints = NDArray[np.int64]
 
 
-def partition_of(users: NDArray[np.uint64], partitions: int) -> NDArray[np.int32]:
-    """Partition of each user hash: equal ranges of the hash, in its order."""
-    return ((users >> np.uint64(32)) * np.uint64(partitions) >> np.uint64(32)).astype(np.int32)
+@dataclass(frozen=True)
+class ReadJob:
+    """What a task that reads interactions needs beside its units.
 
-
-def read_interactions(
-    unit: dict[str, Any],
-    domains: list[Domain],
-    *,
-    partitions: int,
-    hashes: NDArray[np.uint64],
-    known: NDArray[np.uint64],
-) -> Iterator[pa.Table]:
-    """Interactions of a unit with ids turned into hashes and rows; bad ones keep their ids and say why.
-
-    Args:
-        unit: What to read.
+    Attributes:
+        directory: The artifact under construction, for the rejected rows.
         domains: All domains.
-        partitions: Number of partitions of users.
-        hashes: Item hashes, sorted: the index is the item row.
-        known: Sorted hashes of all items that were brought, good or rejected.
+        partitions: Number of ranges of the user hash.
+        hashes: Item hashes, sorted (or their reference in Ray's object store): the index is the item row.
+        refused: Sorted hashes of the items that were brought and rejected.
     """
-    domain = domains[unit["domain"]]
-    for first_row, table in read_unit(unit, ["user_id", "item_id", "timestamp"], batch_rows=_BATCH_ROWS):
-        n = table.num_rows
+
+    directory: Path
+    domains: list[Domain]
+    partitions: int
+    hashes: Any
+    refused: NDArray[np.uint64]
+
+    def split(self, units: list[dict[str, Any]]) -> tuple[list[pa.Table], dict[str, Any]]:
+        """Good interactions of some units by partition, then their users by partition.
+
+        Returns:
+            `partitions` tables (user uint64, item int64 row, time int64) followed by `partitions` tables of
+            distinct users (user uint64, user_id string, domain uint8), and the spans of time by domain.
+        """
+        hashes = fetch(self.hashes)
+        parts = [self._read(unit, hashes) for unit in units]
+        interactions, users = (pa.concat_tables([part[i] for part in parts]) for i in (0, 1))
+        spans = [part[2] for part in parts]
+        tables = []
+        for table in (interactions, users):
+            keys = np.asarray(table["user"], dtype=np.uint64)
+            tables += split_by(table, range_of(keys, self.partitions), self.partitions)
+        return tables, {"units": len(units), "spans": np.concatenate(spans)}
+
+    def _read(self, unit: dict[str, Any], hashes: NDArray[np.uint64]) -> tuple[pa.Table, pa.Table, Ints]:
+        domain = self.domains[unit["domain"]]
+        bad = []
+        good = []
+        for first_row, table in read_unit(unit, ["user_id", "item_id", "timestamp"], batch_rows=_BATCH_ROWS):
+            rows, times, reasons = self._look_up(table, domain, hashes)
+            fine = reasons.is_null()
+            if reasons.null_count < len(reasons):
+                bad.append(rejected.interactions(table, reasons, domain.number, unit["file"], first_row))
+            good.append(
+                pa.table({"user_id": strings(table, "user_id"), "item": rows, "time": times}).filter(fine)
+            )
+        if bad:
+            rejected.write_part(self.directory, "interactions", unit["number"], pa.concat_tables(bad))
+        kept = pa.concat_tables(good).combine_chunks()
+        encoded = pc.dictionary_encode(kept["user_id"].combine_chunks())
+        names = encoded.dictionary
+        distinct = hash64(domain.name, names.to_pylist())
+        interactions = kept.select(["item", "time"]).append_column(
+            "user", pa.array(distinct[encoded.indices.to_numpy(zero_copy_only=False)])
+        )
+        numbers = np.full(len(names), domain.number, np.uint8)
+        users = pa.table({"user": distinct, "user_id": names, "domain": numbers})
+        time = np.asarray(kept["time"], dtype=np.int64)
+        spans = np.array([[domain.number, time.min(), time.max()]] if len(time) else [], np.int64)
+        return interactions, users, spans.reshape(-1, 3)
+
+    def _look_up(
+        self, table: pa.Table, domain: Domain, hashes: NDArray[np.uint64]
+    ) -> tuple[Ints, pa.Array, pa.Array]:
+        """Row and time of every interaction, and why it is bad (null: it is not)."""
         users, items = strings(table, "user_id"), strings(table, "item_id")
         times = table["timestamp"].combine_chunks()
         if pa.types.is_timestamp(times.type):
@@ -64,52 +106,24 @@ def read_interactions(
         times = times.cast(pa.int64())
         ids = pc.fill_null(items, "")
         rows = distinct_rows(hashes, domain.name, ids)
-        reasons = np.full(n, None, dtype=object)
+        reasons = np.full(table.num_rows, None, dtype=object)
         missing = rows < 0
         if missing.any():
             reasons[missing] = "item_id: is not among the items"
-            brought = distinct_rows(known, domain.name, ids.filter(pa.array(missing))) >= 0
-            reasons[np.flatnonzero(missing)[brought]] = "item_id: belongs to a rejected item"
+            refused = distinct_rows(self.refused, domain.name, ids.filter(pa.array(missing))) >= 0
+            reasons[np.flatnonzero(missing)[refused]] = "item_id: belongs to a rejected item"
         for name, column in (("timestamp", times), ("user_id", users), ("item_id", items)):
-            reasons[column.is_null().to_numpy(zero_copy_only=False)] = f"{name}: is null"
+            if column.null_count:
+                reasons[column.is_null().to_numpy(zero_copy_only=False)] = f"{name}: is null"
             if name != "timestamp":
                 empty = pc.equal(pc.fill_null(column, "x"), "")
                 reasons[empty.to_numpy(zero_copy_only=False)] = f"{name}: is empty"
-        encoded = pc.dictionary_encode(pc.fill_null(users, ""))
-        distinct = hash64(domain.name, encoded.dictionary.to_pylist())
-        user = distinct[encoded.indices.to_numpy(zero_copy_only=False)]
-        bad = pa.array(reasons != None)  # noqa: E711 - element-wise on an object array
-        yield pa.table(
-            {
-                "partition": partition_of(user, partitions),
-                "user": user,
-                "user_id": users,
-                "item": rows,
-                "time": pc.fill_null(times, 0),
-                "domain": np.full(n, domain.number, dtype=np.int32),
-                # What only a rejected row is asked for stays empty otherwise: it costs nothing to shuffle.
-                "item_id": pc.if_else(bad, items, pa.scalar(None, pa.string())),
-                "file": np.full(n, unit["file"], dtype=np.int32),
-                "row": np.arange(first_row, first_row + n, dtype=np.int64),
-                "reason": pa.array(reasons, pa.string()),
-            }
-        )
+        return rows, pc.fill_null(times, 0), pa.array(reasons, pa.string())
 
 
-def summarise(table: pa.Table) -> dict[str, Any]:
-    """What the driver must know: users, bad rows, and first and last time by domain."""
-    good = table.filter(table["reason"].is_null())
-    bad = table.filter(table["reason"].is_valid())
-    domain, time = np.asarray(good["domain"]), np.asarray(good["time"])
-    spans = [
-        [number, time[domain == number].min(), time[domain == number].max(), (domain == number).sum()]
-        for number in np.unique(domain)
-    ]
-    return {
-        "users": np.unique(np.asarray(good["user"], dtype=np.uint64)).tobytes(),
-        "rejected": pack(bad.select(INTERACTIONS.names).cast(INTERACTIONS)),
-        "spans": np.array(spans, dtype=np.int64).reshape(-1, 4).tobytes(),
-    }
+def count_users(_number: int, users: list[pa.Table]) -> int:
+    """Distinct users of one partition."""
+    return len(np.unique(np.concatenate([np.asarray(table["user"], dtype=np.uint64) for table in users])))
 
 
 @dataclass(frozen=True)
@@ -118,9 +132,10 @@ class HistoryJob:
 
     Attributes:
         directory: The artifact under construction (on storage that all workers see).
-        first_user: Number of the first user of every partition.
+        first_user: Number of the first user of every partition, int64 [partitions + 1].
         starts: For split global_time: by domain, when validation and test begin, int64 [domains, 2].
         domain_names: Name of every domain, by number.
+        hashes: Item hashes, sorted (or their reference in Ray's object store).
     """
 
     directory: Path
@@ -128,21 +143,32 @@ class HistoryJob:
     first_user: Ints
     starts: Ints
     domain_names: tuple[str, ...]
+    hashes: Any
 
-    def write(self, group: pa.Table, hashes: NDArray[np.uint64]) -> dict[str, Any]:
-        """Write `histories-<partition>.tar` and its part of users.arrow; returns records and counts."""
-        partition = int(group["partition"][0].as_py())
-        item, time = (np.asarray(group[name], dtype=np.int64) for name in ("item", "time"))
-        user = np.asarray(group["user"], dtype=np.uint64)
+    def write(self, partition: int, tables: list[pa.Table]) -> dict[str, Any] | None:
+        """Write `histories-<partition>.tar` and its part of users.arrow.
+
+        Args:
+            partition: Number of the partition.
+            tables: What `ReadJob.split` made for it: all tables of interactions, then all tables of users.
+
+        Returns:
+            Records of the blocks; rows and their counts in the training parts; totals. None without a user.
+        """
+        if self.first_user[partition] == self.first_user[partition + 1]:
+            return None
+        half = len(tables) // 2
+        events = pa.concat_tables(tables[:half])
+        users = _distinct(pa.concat_tables(tables[half:]))
+        item, time = (np.asarray(events[name], dtype=np.int64) for name in ("item", "time"))
+        user = np.asarray(events["user"], dtype=np.uint64)
         # Equal timestamps: by the hash of (user, item), never by file order, which may know the future.
-        order = np.lexsort((combine64(user, hashes[item]), time, user))
+        order = np.lexsort((combine64(user, fetch(self.hashes)[item]), time, user))
         user, item, time = user[order], item[order], time[order]
         begins = np.flatnonzero(np.concatenate([[True], user[1:] != user[:-1]]))
         lengths = np.diff(np.append(begins, len(user)))
-        names = group["user_id"].combine_chunks().take(pa.array(order))
-        self._check_collision(names, begins, lengths)
-        heads = pa.array(begins)
-        domain = np.asarray(group["domain"], dtype=np.int64)[order][begins]
+        assert np.array_equal(user[begins], np.asarray(users["user"]))
+        domain = np.asarray(users["domain"], dtype=np.int64)
 
         kept = np.minimum(lengths, self.config.max_history)
         offset = np.concatenate([[0], np.cumsum(kept)])
@@ -150,36 +176,24 @@ class HistoryJob:
         item, time = item[index], time[index]
         cut = self._cut(kept, offset, time, domain)
         number = self.first_user[partition] + np.arange(len(kept))
+        assert number[-1] + 1 == self.first_user[partition + 1]
         records = self._write_blocks(partition, number, domain, offset, item, time, cut)
-        users = {
+        columns = {
             "user": number,
             "domain": pa.array(self.domain_names).take(pa.array(domain)),
-            "user_id": names.take(heads),
+            "user_id": users["user_id"],
         }
-        part = pa.table(users)
-        write_part(part, self.directory / f"users.part-{partition:06d}.tmp")
+        write_part(pa.table(columns), self.directory / f"users.part-{partition:06d}.tmp")
         local = np.arange(len(item)) - np.repeat(offset[:-1], kept)
         rows, counts = np.unique(item[local < np.repeat(cut[:, 0], kept)], return_counts=True)
         return {
-            "records": np.ascontiguousarray(records).tobytes(),
-            "rows": rows.tobytes(),
-            "counts": counts.tobytes(),
+            "records": records,
+            "rows": rows,
+            "counts": counts,
             "kept": int(kept.sum()),
             "truncated": int((lengths - kept).sum()),
-            "users": len(kept),
-            "eval_users": np.bincount(domain[cut[:, 1] < kept], minlength=len(self.domain_names)).tobytes(),
+            "eval_users": np.bincount(domain[cut[:, 1] < kept], minlength=len(self.domain_names)),
         }
-
-    def _check_collision(self, names: pa.Array, begins: Ints, lengths: Ints) -> None:
-        differs = pc.not_equal(names, names.take(pa.array(np.repeat(begins, lengths))))
-        if pc.any(differs).as_py():
-            second = int(np.flatnonzero(differs.to_numpy(zero_copy_only=False))[0])
-            first = int(begins[np.searchsorted(begins, second, side="right") - 1])
-            raise DataError(
-                f"the user ids {names[first].as_py()!r} and {names[second].as_py()!r} share a 64-bit hash",
-                where="interactions, column user_id",
-                fix="change one of the two ids",
-            )
 
     def _cut(self, kept: Ints, offset: Ints, time: Ints, domain: Ints) -> NDArray[np.int32]:
         """History-relative start of validation and test, int32 [b, 2]; short histories train only."""
@@ -222,3 +236,28 @@ class HistoryJob:
                     end - begin,
                 )
             return writer.close()
+
+
+def _distinct(users: pa.Table) -> pa.Table:
+    """Every user once, in the order of the hash.
+
+    Raises:
+        DataError: Two users have the same hash.
+    """
+    keys = np.asarray(users["user"], dtype=np.uint64)
+    order = np.argsort(keys, kind="stable")
+    users, keys = users.take(pa.array(order)).combine_chunks(), keys[order]
+    first = np.concatenate([[True], keys[1:] != keys[:-1]])
+    heads = pa.array(np.flatnonzero(first)[np.cumsum(first) - 1])
+    for name in ("user_id", "domain"):
+        column = users[name].combine_chunks()
+        differs = pc.not_equal(column, column.take(heads)).to_numpy(zero_copy_only=False)
+        if differs.any():
+            second = int(np.flatnonzero(differs)[0])
+            ids = [users["user_id"][int(place)].as_py() for place in (heads[second].as_py(), second)]
+            raise DataError(
+                f"the user ids {ids[0]!r} and {ids[1]!r} share a 64-bit hash",
+                where="interactions, column user_id",
+                fix="change one of the two ids",
+            )
+    return users.filter(pa.array(first))

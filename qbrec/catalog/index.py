@@ -18,48 +18,56 @@ from qbrec.storage.hashing import hash64, rows_of
 
 
 @dataclass(frozen=True)
-class Locations:
-    """Where every item with an id stands in the input: parallel arrays [n], and the units they count in."""
+class Uniqueness:
+    """Checks that no two items share a hash.
 
-    hashes: NDArray[np.uint64]
-    unit: NDArray[np.int32]
-    place: NDArray[np.int32]  # from the beginning of the unit
-
-
-def check_unique(found: Locations, units: list[dict[str, Any]], domains: list[Domain]) -> NDArray[np.uint64]:
-    """All hashes, sorted, after it is certain that they differ.
-
-    Raises:
-        DataError: An id occurs twice (names both rows), or two ids have the same hash.
+    Attributes:
+        units: All units of items, by number.
+        domains: All domains.
     """
-    order = np.argsort(found.hashes, kind="stable")
-    hashes = found.hashes[order]
-    equal = np.flatnonzero(hashes[1:] == hashes[:-1])
-    if len(equal):
-        first, second = (_describe(found, int(order[equal[0] + i]), units, domains) for i in (0, 1))
-        if first[0] == second[0]:
-            raise DataError(
-                f"the item_id {first[0]!r} occurs twice ({len(equal)} repeated rows in all)",
-                where=f"{first[1]} and {second[1]}",
-                fix="keep one row per item_id in a domain",
+
+    units: list[dict[str, Any]]
+    domains: list[Domain]
+
+    def check(self, _range: int, tables: list[pa.Table]) -> int:
+        """Check one range of the hash (`ScanJob.split`); returns its number of items.
+
+        Raises:
+            DataError: An id occurs twice (names both rows), or two ids have the same hash.
+        """
+        found = pa.concat_tables(tables)
+        hashes = np.asarray(found["hash"], dtype=np.uint64)
+        ordered = np.sort(hashes)
+        equal = np.flatnonzero(ordered[1:] == ordered[:-1])
+        if len(equal):
+            both = found.filter(pa.array(hashes == ordered[equal[0]])).slice(0, 2)
+            both = both.sort_by([("unit", "ascending"), ("place", "ascending")])
+            first, second = (
+                self._describe(*row) for row in zip(*(both[c].to_pylist() for c in _PLACE), strict=True)
             )
-        raise DataError(
-            f"the ids {first[0]!r} and {second[0]!r} have the same 64-bit hash",
-            where=f"{first[1]} and {second[1]}",
-            fix="change one of the two ids: this happens once in a billion catalogues",
-        )
-    return hashes
+            if first[0] == second[0]:
+                raise DataError(
+                    f"the item_id {first[0]!r} occurs twice",
+                    where=f"{first[1]} and {second[1]}",
+                    fix="keep one row per item_id in a domain",
+                )
+            raise DataError(
+                f"the ids {first[0]!r} and {second[0]!r} have the same 64-bit hash",
+                where=f"{first[1]} and {second[1]}",
+                fix="change one of the two ids: this happens once in a billion catalogues",
+            )
+        return len(hashes)
+
+    def _describe(self, number: int, place: int) -> tuple[str, str]:
+        unit = self.units[number]
+        row = int(unit["first_row"]) + int(unit["begin"]) + place
+        for start, table in read_unit(unit, ["item_id"], batch_rows=8192):
+            if start <= row < start + table.num_rows:
+                return strings(table, "item_id")[row - start].as_py(), f"{unit['path']}, row {row} (from 0)"
+        raise AssertionError("the row was there a moment ago")
 
 
-def _describe(
-    found: Locations, index: int, units: list[dict[str, Any]], domains: list[Domain]
-) -> tuple[str, str]:
-    unit = units[found.unit[index]]
-    row = int(unit["first_row"]) + int(unit["begin"]) + int(found.place[index])
-    for start, table in read_unit(unit, ["item_id"], batch_rows=8192):
-        if start <= row < start + table.num_rows:
-            return strings(table, "item_id")[row - start].as_py(), f"{unit['path']}, row {row} (from 0)"
-    raise AssertionError("the row was there a moment ago")
+_PLACE = ("unit", "place")
 
 
 def distinct_rows(hashes: NDArray[np.uint64], domain: str, ids: pa.Array) -> NDArray[np.int64]:

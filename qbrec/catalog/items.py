@@ -1,4 +1,4 @@
-"""Items on Ray Data: scan (ids, word counts) → encode → shuffle by shard → one tar per Ray task."""
+"""Items, the part of Ray tasks before the shards: scan (ids, word counts), encode, split by shard."""
 
 from __future__ import annotations
 
@@ -12,90 +12,108 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from qbrec.catalog import rejected
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.encode import DISPLAY, ItemEncoder, category_paths, from_binary, item_texts, strings
-from qbrec.catalog.index import Locations
+from qbrec.catalog.encode import ItemEncoder, category_paths, item_texts, strings
+from qbrec.catalog.exchange import range_of, split_by
 from qbrec.catalog.ngrams import NUM_BUCKETS
-from qbrec.catalog.rejected import ITEMS, pack
 from qbrec.catalog.text import FIELDS, SAMPLE_TEXTS, HashedNgramEncoder, document_frequencies, normalise
-from qbrec.catalog.units import read_unit, write_part
+from qbrec.catalog.units import read_unit
 from qbrec.config.sections import CatalogConfig
-from qbrec.storage.blocks import BlockTarWriter
-from qbrec.storage.hashing import hash64, hash_bytes, rows_of
+from qbrec.storage.hashing import hash64, hash_bytes
 
+COUNTED_ITEMS = 1 << 21  # items whose words are counted for the inverse document frequencies
 _TEXT_COLUMNS = ("title", "description", "brand", "categories")
 _BATCH_ROWS = 2_048
 
 
-def scan_unit(
-    unit: dict[str, Any], domains: list[Domain], *, count_words: bool, sample_share: float
-) -> dict[str, Any]:
-    """Ids of a unit, and what the text encoder is frozen from.
+@dataclass(frozen=True)
+class ScanJob:
+    """What a task that scans items needs beside its units.
 
-    Returns:
-        hashes and places (of rows with an id), number, and when words are counted: per field the number of
-        texts, the buckets and counts of their n-grams, and the sample's texts.
+    Attributes:
+        domains: All domains.
+        partitions: Number of ranges of the item hash.
+        count_words: Whether the built-in text encoder will be fitted.
     """
-    domain = domains[unit["domain"]]
-    count_words &= domain.encodes_text
-    columns = ["item_id", *(c for c in _TEXT_COLUMNS if count_words and c in domain.columns)]
-    hashes, places = [], []
-    frequencies = np.zeros((len(FIELDS), NUM_BUCKETS), dtype=np.int64)
-    num_texts = np.zeros(len(FIELDS), dtype=np.int64)
-    sample: dict[str, list[str]] = {name: [] for name in FIELDS}
-    begin = unit["first_row"] + unit["begin"]
-    for first_row, table in read_unit(unit, columns, batch_rows=_BATCH_ROWS):
-        ids = pc.fill_null(strings(table, "item_id"), "")
-        batch = hash64(domain.name, ids.to_pylist())
-        valid = pc.not_equal(ids, "").to_numpy(zero_copy_only=False)
-        hashes.append(batch[valid])
-        places.append((np.flatnonzero(valid) + first_row - begin).astype(np.int32))
-        if not count_words:
-            continue
-        chosen = pa.array(valid & (batch <= np.uint64(sample_share * (2**64 - 2048))))
-        for number, (name, raw) in enumerate(item_texts(table, category_paths(table)).items()):
-            texts = normalise(raw)
-            frequencies[number] += document_frequencies(texts)
-            num_texts[number] += int(pc.sum(pc.greater(pc.utf8_length(texts), 0)).as_py() or 0)
-            sample[name].extend(text for text in texts.filter(chosen).to_pylist() if text)
-    where = np.flatnonzero(frequencies.ravel())
-    return {
-        "number": unit["number"],
-        "hashes": np.concatenate(hashes).tobytes(),
-        "places": np.concatenate(places).tobytes(),
-        "num_texts": num_texts.tobytes(),
-        "buckets": where.astype(np.int32).tobytes(),
-        "counts": frequencies.ravel()[where].astype(np.int32).tobytes(),
-        **{f"sample.{name}": texts for name, texts in sample.items()},
-    }
+
+    domains: list[Domain]
+    partitions: int
+    count_words: bool
+
+    def split(self, units: list[dict[str, Any]]) -> tuple[list[pa.Table], list[dict[str, Any]]]:
+        """Where every item stands, by range of the hash, and what the text encoder is fitted on.
+
+        Returns:
+            `partitions` tables (hash uint64, unit int32, place int32 from the beginning of the unit), and one
+            summary per unit for `ScanResult.add`.
+        """
+        found, summaries = [], []
+        for unit in units:
+            where, summary = self._scan(unit)
+            found.append(where)
+            summaries.append(summary)
+        table = pa.concat_tables(found)
+        keys = np.asarray(table["hash"], dtype=np.uint64)
+        return split_by(table, range_of(keys, self.partitions), self.partitions), summaries
+
+    def _scan(self, unit: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
+        domain = self.domains[unit["domain"]]
+        total = sum(d.item_rows for d in self.domains)
+        count_words = self.count_words and domain.encodes_text
+        columns = ["item_id", *(c for c in _TEXT_COLUMNS if count_words and c in domain.columns)]
+        hashes, places = [], []
+        frequencies = np.zeros((len(FIELDS), NUM_BUCKETS) if count_words else (0, 0), dtype=np.int64)
+        num_texts = np.zeros(len(FIELDS), dtype=np.int64)
+        sample: dict[str, list[str]] = {name: [] for name in FIELDS}
+        begin = unit["first_row"] + unit["begin"]
+        for first_row, table in read_unit(unit, columns, batch_rows=_BATCH_ROWS):
+            ids = pc.fill_null(strings(table, "item_id"), "")
+            batch = hash64(domain.name, ids.to_pylist())
+            valid = pc.not_equal(ids, "").to_numpy(zero_copy_only=False)
+            hashes.append(batch[valid])
+            places.append((np.flatnonzero(valid) + first_row - begin).astype(np.int32))
+            if not count_words:
+                continue
+            counted = valid & _drawn(batch, COUNTED_ITEMS / total)
+            table = table.filter(pa.array(counted))
+            chosen = pa.array(_drawn(batch[counted], SAMPLE_TEXTS / total))
+            for number, (name, raw) in enumerate(item_texts(table, category_paths(table)).items()):
+                texts = normalise(raw)
+                frequencies[number] += document_frequencies(texts)
+                num_texts[number] += int(pc.sum(pc.greater(pc.utf8_length(texts), 0)).as_py() or 0)
+                sample[name].extend(text for text in texts.filter(chosen).to_pylist() if text)
+        where = np.flatnonzero(frequencies.ravel())
+        keys = np.concatenate(hashes)
+        found = {"hash": keys, "unit": np.full(len(keys), unit["number"], np.int32)}
+        summary = {
+            "num_texts": num_texts,
+            "buckets": where.astype(np.int32),
+            "counts": frequencies.ravel()[where].astype(np.int32),
+            "sample": sample,
+        }
+        return pa.table(found | {"place": np.concatenate(places)}), summary
+
+
+def _drawn(hashes: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
+    """Whether an item belongs to the sample of this share: by its hash, the same on every machine."""
+    return np.asarray(hashes <= np.uint64(min(share, 1.0) * (2**64 - 2048)))
 
 
 class ScanResult:
-    """Adds up the summaries of `scan_unit`; the order in which they come changes nothing."""
+    """Adds up the summaries of `ScanJob`; the order in which they come changes nothing."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, tuple[NDArray[np.uint64], NDArray[np.int32]]] = {}
         self._frequencies = np.zeros(len(FIELDS) * NUM_BUCKETS, dtype=np.int64)
         self._num_texts = np.zeros(len(FIELDS), dtype=np.int64)
         self._sample: dict[str, set[str]] = {name: set() for name in FIELDS}
 
     def add(self, summary: dict[str, Any]) -> None:
         """Take one unit's summary."""
-        self._parts[summary["number"]] = (
-            np.frombuffer(summary["hashes"], np.uint64), np.frombuffer(summary["places"], np.int32),
-        )  # fmt: skip
-        where = np.frombuffer(summary["buckets"], np.int32)
-        self._frequencies[where] += np.frombuffer(summary["counts"], np.int32)
-        self._num_texts += np.frombuffer(summary["num_texts"], np.int64)
+        self._frequencies[summary["buckets"]] += summary["counts"]
+        self._num_texts += summary["num_texts"]
         for name in FIELDS:
-            self._sample[name].update(summary[f"sample.{name}"])
-
-    def locations(self) -> Locations:
-        """Where every item stands."""
-        parts = [self._parts[number] for number in sorted(self._parts)]
-        unit = np.repeat(np.array(sorted(self._parts), dtype=np.int32), [len(hashes) for hashes, _ in parts])
-        hashes, places = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-        return Locations(hashes, unit, places)
+            self._sample[name].update(summary["sample"][name])
 
     def fit(self, *, dim: int, seed: int) -> HashedNgramEncoder:
         """The frozen text encoder."""
@@ -115,120 +133,64 @@ def _cap(texts: set[str], limit: int) -> pa.Array:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What an encoding task needs beside its unit."""
+    """What an encoding task needs beside its unit.
 
+    Attributes:
+        directory: The artifact under construction, for the rejected rows.
+        display: Further columns of all domains together.
+    """
+
+    directory: Path
     config: CatalogConfig
     domains: list[Domain]
     modalities: tuple[str, ...]
     display: pa.Schema
 
     def unit(self, unit: dict[str, Any], text: HashedNgramEncoder | None) -> Iterator[pa.Table]:
-        """Encoded rows of one unit, batch by batch."""
+        """Encoded good rows of one unit, batch by batch; bad ones go to the rejected rows."""
         domain = self.domains[unit["domain"]]
         encoder = ItemEncoder(self.config, modalities=self.modalities, display=self.display, text=text)
         columns = [c for c in domain.columns if c != "image_path" or domain.picture_column == c]
         if domain.picture_column != "image":
             columns = [c for c in columns if c != "image"]
         columns += [column for column, _ in domain.embeddings.values()] + domain.display.names
+        bad = []
         for first_row, table in read_unit(unit, columns, batch_rows=_BATCH_ROWS):
-            yield encoder.encode(table, domain, file=unit["file"], first_row=first_row)
-
-
-def summarise(encoded: pa.Table, modalities: tuple[str, ...]) -> dict[str, Any]:
-    """What the driver must know of encoded rows: hashes of the good ones, the bad ones, sizes by modality."""
-    good = encoded.filter(encoded["reason"].is_null())
-    bad = encoded.filter(encoded["reason"].is_valid())
-    sizes = []
-    for modality in modalities:
-        tokens = np.asarray(good[f"tokens.{modality}"], dtype=np.int64)
-        stored = int(pc.sum(pc.binary_length(good[f"feature.{modality}"])).as_py() or 0)
-        sizes.append([stored, int(tokens.sum()), int((tokens > 0).sum()), int(tokens.max(initial=0))])
-    return {
-        "hashes": np.asarray(good["hash"], dtype=np.uint64).tobytes(),
-        "rejected": pack(bad.select(ITEMS.names).cast(ITEMS)),
-        "sizes": np.array(sizes, dtype=np.int64).reshape(-1, 4).tobytes(),
-    }
+            encoded = encoder.encode(table, domain, file=unit["file"], first_row=first_row)
+            reason = encoded["reason"]
+            if reason.null_count < len(reason):
+                bad.append(
+                    encoded.filter(reason.is_valid()).select(rejected.ITEMS.names).cast(rejected.ITEMS)
+                )
+                encoded = encoded.filter(reason.is_null())
+            yield encoded.drop_columns(["reason", "file", "row"])
+        if bad:
+            rejected.write_part(self.directory, "items", unit["number"], pa.concat_tables(bad))
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """What a task that writes one shard of items needs beside its rows.
+class ItemSplit:
+    """Splits encoded items by shard: a shard is a range of the item hash."""
 
-    Attributes:
-        directory: The artifact under construction (on storage that all workers see).
-        widths: Width of every modality that some item has.
-        domain_names: Name of every domain, by number.
-        rows_per_block: Items per block; blocks never cross the grid of `rows_per_shard`.
-    """
+    modalities: tuple[str, ...]
+    shards: int
 
-    directory: Path
-    widths: dict[str, int]
-    domain_names: tuple[str, ...]
-    rows_per_shard: int
-    rows_per_block: int
+    def split(self, blocks: list[pa.Table]) -> tuple[list[pa.Table], dict[str, NDArray[np.int64]]]:
+        """Rows by shard, and their sizes.
 
-    def assign(self, encoded: pa.Table, hashes: NDArray[np.uint64]) -> pa.Table:
-        """Good rows with their number among all items, and the shard it falls into."""
-        good = encoded.filter(encoded["reason"].is_null())
-        rows = rows_of(hashes, np.asarray(good["hash"], dtype=np.uint64))
-        assert (rows >= 0).all()
-        absent = [c for c in good.column_names if c.partition(".")[0] in ("feature", "tokens")]
-        keep = {f"{kind}.{m}" for m in self.widths for kind in ("feature", "tokens")}
-        good = good.drop_columns([*(c for c in absent if c not in keep), "reason", "file", "row", "hash"])
-        shards = pa.array(rows // self.rows_per_shard)
-        return good.append_column("row", pa.array(rows)).append_column("shard", shards)
-
-    def write(self, group: pa.Table) -> dict[str, Any]:
-        """Write `items-<shard>.tar` and its part of items.arrow; returns index records and sums."""
-        table = group.combine_chunks().sort_by("row")
-        shard = int(table["shard"][0].as_py())
-        rows = np.asarray(table["row"], dtype=np.int64)
-        assert rows[0] == shard * self.rows_per_shard, "a shard begins on the grid"
-        assert (np.diff(rows) == 1).all(), "a shard has all its rows"
-        n = len(rows)
-        structure = table["structure"].combine_chunks()
-        slots = structure.type.byte_width // 4
-        buffer = np.frombuffer(structure.buffers()[1], dtype=np.int32).reshape(-1, slots)
-        dense: dict[str, NDArray[Any]] = {
-            "row": rows,
-            "domain": np.asarray(table["domain"], dtype=np.uint8),
-            "structure": buffer[structure.offset : structure.offset + n],
-            "content": np.asarray(table["content"], dtype=np.int64),
+        Returns:
+            A table per shard; `counts` int64 [shards], and `sizes` int64 [modalities, 4]: bytes, tokens,
+            items that have some, most tokens of one item.
+        """
+        table = pa.concat_tables(blocks)
+        shard = range_of(np.asarray(table["hash"], dtype=np.uint64), self.shards)
+        sizes = []
+        for modality in self.modalities:
+            tokens = np.asarray(table[f"tokens.{modality}"], dtype=np.int64)
+            stored = int(pc.sum(pc.binary_length(table[f"feature.{modality}"])).as_py() or 0)
+            sizes.append([stored, int(tokens.sum()), int((tokens > 0).sum()), int(tokens.max(initial=0))])
+        summary = {
+            "counts": np.bincount(shard, minlength=self.shards).astype(np.int64),
+            "sizes": np.array(sizes, dtype=np.int64).reshape(-1, 4),
         }
-        values, offsets = {}, {}
-        for modality, width in self.widths.items():
-            dense[f"tokens.{modality}"] = np.asarray(table[f"tokens.{modality}"], dtype=np.uint8)
-            values[modality] = from_binary(table[f"feature.{modality}"], width)
-            offsets[modality] = np.concatenate([[0], np.cumsum(dense[f"tokens.{modality}"], dtype=np.int64)])
-        sums = {modality: np.zeros((2, width)) for modality, width in self.widths.items()}
-        with BlockTarWriter(self.directory, prefix="items", first_shard=shard, shard_bytes=1 << 62) as writer:
-            for begin in range(0, n, self.rows_per_block):
-                end = min(begin + self.rows_per_block, n)
-                fields = {name: array[begin:end] for name, array in dense.items()}
-                for modality in self.widths:
-                    span = slice(offsets[modality][begin], offsets[modality][end])
-                    fields[f"feature.{modality}"] = values[modality][span]
-                    wide = values[modality][span].astype(np.float64)
-                    sums[modality] += np.stack([wide.sum(axis=0), np.square(wide).sum(axis=0)])
-                writer.add(fields, end - begin)
-            records = writer.close()
-        self._write_display(table, shard)
-        return {
-            "shard": shard,
-            "records": np.ascontiguousarray(records).tobytes(),
-            "content": dense["content"].tobytes(),
-            "domains": dense["domain"].tobytes(),
-            **{f"sums.{modality}": both.tobytes() for modality, both in sums.items()},
-        }
-
-    def _write_display(self, table: pa.Table, shard: int) -> None:
-        domain = pa.array(self.domain_names).take(table["domain"].combine_chunks())
-        columns: dict[str, Any] = {"row": table["row"], "domain": domain}
-        columns |= {name: table[name] for name in ("item_id", "title", "brand", "categories")}
-        # A column of the input that bears one of our names would shadow it.
-        for name in table.column_names:
-            if name.startswith(DISPLAY):
-                own = name.removeprefix(DISPLAY)
-                columns[own if own not in columns else f"input.{own}"] = table[name]
-        part = pa.table(columns)
-        write_part(part, self.directory / f"items.part-{shard:06d}.tmp")
+        return split_by(table, shard, self.shards), summary

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from qbrec.catalog import parts
 from qbrec.catalog.contract import Domain
 from qbrec.errors import DataError
-from qbrec.storage.artifact import ArtifactWriter
+from qbrec.storage.hashing import hash64
 
 ITEMS = pa.schema(
     [
@@ -41,29 +45,41 @@ _REMEDIES = {
 }
 
 
-def pack(table: pa.Table) -> bytes:
-    """A small table as Arrow IPC bytes, to travel inside a summary row."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
+def interactions(table: pa.Table, reasons: pa.Array, domain: int, file: int, first_row: int) -> pa.Table:
+    """The bad rows of a batch of interactions (`INTERACTIONS`), with their place and reason."""
+    n = table.num_rows
+    columns = {
+        "domain": np.full(n, domain, np.int32),
+        "file": np.full(n, file, np.int32),
+        "row": np.arange(first_row, first_row + n, dtype=np.int64),
+        "user_id": table["user_id"].cast(pa.string()),
+        "item_id": table["item_id"].cast(pa.string()),
+        "reason": reasons,
+    }
+    return pa.table(columns, schema=INTERACTIONS).filter(reasons.is_valid())
 
 
-def unpack(parts: list[bytes], schema: pa.Schema) -> pa.Table:
-    """All packed tables as one, ordered by domain, file and row."""
-    tables = [pa.ipc.open_stream(part).read_all() for part in parts]
-    table = pa.concat_tables([schema.empty_table(), *tables])
-    return table.sort_by([(name, "ascending") for name in ("domain", "file", "row")])
+def write_part(directory: Path, role: str, number: int, table: pa.Table) -> None:
+    """Write the bad rows of one unit of input, for `settle`."""
+    (directory / "rejected").mkdir(exist_ok=True)
+    parts.write_part(table, directory / "rejected" / f"{role}.part-{number:06d}.tmp")
 
 
-def settle(
-    writer: ArtifactWriter, table: pa.Table, *, role: str, domains: list[Domain], max_fraction: float
-) -> dict[str, int]:
-    """Write `rejected/<role>.parquet` and decide whether the run may go on.
+def item_hashes(directory: Path) -> NDArray[np.uint64]:
+    """Sorted hashes of the items in `rejected/items.parquet` that have an id."""
+    table = pq.read_table(directory / "rejected" / "items.parquet", columns=["domain", "item_id"])
+    found = [np.zeros(0, np.uint64)]
+    for domain in table["domain"].unique().to_pylist():
+        ids = table.filter(pc.equal(table["domain"], domain))["item_id"].drop_null()
+        found.append(hash64(domain, ids.to_pylist()))
+    return np.sort(np.concatenate(found))
+
+
+def settle(directory: Path, *, role: str, domains: list[Domain], max_fraction: float) -> dict[str, int]:
+    """Join the parts to `rejected/<role>.parquet`, a batch at a time, and decide whether the run may go on.
 
     Args:
-        writer: Artifact under construction.
-        table: The rejected rows (`ITEMS` or `INTERACTIONS`).
+        directory: Artifact under construction.
         role: `items` or `interactions`.
         domains: All domains; the fraction is taken of each one's own rows.
         max_fraction: `catalog.max_rejected_fraction`.
@@ -75,28 +91,42 @@ def settle(
         DataError: A domain has more bad rows than allowed; names the first of them.
     """
     names = pa.array([domain.name for domain in domains])
-    paths = [pc.cast(pa.array([f.path for f in getattr(domain, role)]), pa.string()) for domain in domains]
-    columns = {name: table[name] for name in table.schema.names}
-    columns["domain"] = names.take(table["domain"])
-    files = zip(table["domain"].to_pylist(), table["file"].to_pylist(), strict=True)
-    columns["file"] = pa.array([paths[domain][file].as_py() for domain, file in files], pa.string())
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink)
-    path = writer.write_bytes(f"rejected/{role}.parquet", sink.getvalue())
+    paths = [[file.path for file in getattr(domain, role)] for domain in domains]
+    counts: Counter[tuple[int, str]] = Counter()
+    first: dict[int, dict[str, Any]] = {}
+    schema = ITEMS if role == "items" else INTERACTIONS
+    target = directory / "rejected" / f"{role}.parquet"
+    target.parent.mkdir(exist_ok=True)
+    for index, name in enumerate(("domain", "file")):
+        schema = schema.set(index, pa.field(name, pa.string()))
+    with pq.ParquetWriter(target, schema) as out:
+        for table in parts.read_parts(target.parent, role):  # by unit, hence by domain, file and row
+            keys = zip(table["domain"].to_pylist(), table["reason"].to_pylist(), strict=True)
+            counts.update(keys)
+            (number,) = table["domain"].unique().to_pylist()
+            first.setdefault(number, table.slice(0, 1).to_pylist()[0])
+            files = pa.array(paths[number], pa.string()).take(table["file"].combine_chunks())
+            out.write_table(
+                table.set_column(0, "domain", names.take(table["domain"].combine_chunks())).set_column(
+                    1, "file", files
+                )
+            )
     for domain in domains:
-        bad = table.filter(pc.equal(table["domain"], domain.number))
         total = getattr(domain, f"{role.removesuffix('s')}_rows")
-        if bad.num_rows > max_fraction * total:
-            row = bad.slice(0, 1).to_pylist()[0]
-            counts = Counter(bad["reason"].to_pylist()).most_common()
-            listed = "; ".join(f"{count} × {reason}" for reason, count in counts)
+        mine = Counter({reason: n for (number, reason), n in counts.items() if number == domain.number})
+        if mine.total() > max_fraction * total:
+            row = first[domain.number]
+            listed = "; ".join(f"{count} × {reason}" for reason, count in mine.most_common())
             column, _, what = row["reason"].partition(": ")
             value = f" {row[column]!r}" if row.get(column) else ""
             raise DataError(
-                f"{bad.num_rows} of {total} rows of {role} in domain {domain.name!r} are bad ({listed}): "
+                f"{mine.total()} of {total} rows of {role} in domain {domain.name!r} are bad ({listed}): "
                 f"more than catalog.max_rejected_fraction = {max_fraction:g} allows",
                 where=f"{paths[domain.number][row['file']]}, row {row['row']} (from 0), "
                 f"{column}{value}: {what}",
-                fix=f"{_REMEDIES[what]}; all of them are listed in {path}",
+                fix=f"{_REMEDIES[what]}; all of them are listed in {target}",
             )
-    return dict(Counter(table["reason"].to_pylist()))
+    by_reason: Counter[str] = Counter()
+    for (_, reason), count in counts.items():
+        by_reason[reason] += count
+    return dict(by_reason)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from qbrec.catalog.contract import Domain
 from qbrec.catalog.sources import open_parquet
-from qbrec.engine.progress import Progress
 from qbrec.errors import DataError, LaunchError, QbrecError
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 ITEM_UNIT_ROWS = 16_384  # pictures and text: a second or a few of work
-INTERACTION_UNIT_ROWS = 1 << 20
+INTERACTION_UNIT_ROWS = 1 << 20  # some 40 MB
 
 
 def cut_units(domains: list[Domain], *, role: str, unit_rows: int) -> list[dict[str, Any]]:
@@ -27,7 +25,7 @@ def cut_units(domains: list[Domain], *, role: str, unit_rows: int) -> list[dict[
 
     The cut depends on the files alone, so what is computed by batch is the same for any number of workers.
     """
-    units = []
+    units: list[dict[str, Any]] = []
     for domain in domains:
         for number, file in enumerate(getattr(domain, role)):
             metadata = open_parquet(file.path).metadata
@@ -37,7 +35,8 @@ def cut_units(domains: list[Domain], *, role: str, unit_rows: int) -> list[dict[
                 for begin in range(0, rows, unit_rows):
                     units.append(
                         {
-                            "domain": domain.number, "file": number, "path": file.path, "group": group,
+                            "number": len(units), "domain": domain.number, "file": number,
+                            "path": file.path, "group": group,
                             "begin": begin, "end": min(begin + unit_rows, rows), "first_row": first,
                         }
                     )  # fmt: skip
@@ -82,35 +81,15 @@ def read_unit(unit: dict[str, Any], columns: list[str], *, batch_rows: int) -> I
         ) from error
 
 
-def write_part(table: pa.Table, path: Path) -> None:
-    """Write a task's part of an Arrow file that the driver joins later."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
-        out.write_table(table, max_chunksize=65_536)
-
-
-def keep(dataset: Dataset, progress: Progress) -> Dataset:
-    """Execute a dataset into the object store (which spills to disk), counting its blocks."""
-    import ray.data
-
-    refs = []
+def blocks_of(dataset: Dataset) -> Iterator[Any]:
+    """References of a dataset's blocks as they are made, no faster than they are taken."""
     for bundle in dataset.iter_internal_ref_bundles():
         for block in bundle.blocks:
-            refs.append(block.ref)
-            progress.update()
-    progress.close()
-    return ray.data.from_arrow_refs(refs)
-
-
-def rows(dataset: Dataset, progress: Progress) -> Iterator[dict[str, Any]]:
-    """Rows of a dataset of small summaries, counting each."""
-    for row in dataset.iter_rows():
-        progress.update()
-        yield row
-    progress.close()
+            yield block.ref
 
 
 @contextmanager
-def ray_data() -> Iterator[None]:
+def ray_errors() -> Iterator[None]:
     """Ray Data without its own progress bars and logs; errors of tasks come out as what they were.
 
     Raises:

@@ -12,6 +12,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0.0, le=3600.0)]
+HostPattern = Annotated[
+    str, Field(pattern=r"^(\*\.)?([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?$")
+]
 
 
 class RunConfig(Section):
@@ -48,22 +52,72 @@ class DataConfig(Section):
 
 
 class TextConfig(Section):
-    """Text encoder: the built-in hashed n-grams or a sentence-transformers model by name."""
+    """Text encoder: the built-in hashed n-grams or a sentence-transformers or CLIP model by name."""
 
-    encoder: str = "hashed-ngram"
+    encoder: str = "hashed-ngram"  # else a model on the Hugging Face hub, or a folder that holds one
     dim: Positive = 256  # of the built-in encoder; a named model brings its own
     batch_size: Positive = 256
-    revision: str | None = None
+    revision: str | None = None  # of a model on the hub: the hash of its commit
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of a named model
+    attributes: tuple[str, ...] = ()  # further columns that make one more token: "name: value; …"
+    description_tokens: Annotated[int, Field(ge=1, le=64)] = 1  # of one description, at most
+    chunk_characters: Annotated[int, Field(ge=50, le=1000)] = 1000  # of the description in one such token
+
+    @model_validator(mode="after")
+    def _sensible(self) -> TextConfig:
+        if self.encoder == "hashed-ngram" and self.revision is not None:
+            raise ValueError("revision belongs to a named encoder; the built-in one has none")
+        if len(set(self.attributes)) != len(self.attributes):
+            raise ValueError(f"attributes names a column twice: {', '.join(self.attributes)}")
+        return self
 
 
 class ImageConfig(Section):
-    """Image encoder: the built-in colour and gradient statistics or a CLIP model by name."""
+    """Image encoder: the built-in colour and gradient statistics or a CLIP model by name; and its pictures."""
 
-    encoder: str = "pixel-statistics"
+    encoder: str = "pixel-statistics"  # else a CLIP model on the Hugging Face hub, or a folder that holds one
     batch_size: Positive = 64
-    revision: str | None = None
+    revision: str | None = None  # of a model on the hub: the hash of its commit
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of a named model
+    tokens: Literal["pooled", "grid"] = "pooled"  # grid: beside the whole picture, grid x grid parts of it
+    grid: Annotated[int, Field(ge=2, le=7)] = 2
+    max_pictures: Annotated[int, Field(ge=1, le=32)] = 4  # of one item; further ones are counted as skipped
+    on_error: Literal["reject", "skip"] = "reject"  # what a bad picture costs: its item, or only itself
     max_pixels: Positive = 25_000_000
-    roots: tuple[str, ...] = ()  # folders from which `image_path` may be read
+    max_bytes: Positive = 20_000_000
+    roots: tuple[str, ...] = ()  # folders, s3:// and gs:// prefixes from which `image_path` may be read
+    hosts: tuple[HostPattern, ...] = ()  # from which `image_path` may fetch http(s)://; *.example.com too
+    fetch_concurrency: Annotated[int, Field(ge=1, le=256)] = 16  # pictures read at once by one task
+    retries: Annotated[int, Field(ge=0, le=10)] = 3  # of a server that is busy, failing or slow
+    connect_timeout_s: Seconds = 5.0
+    read_timeout_s: Seconds = 10.0  # without a single byte
+    total_timeout_s: Seconds = 60.0  # of one picture, with all redirects and retries
+
+    @model_validator(mode="after")
+    def _sensible(self) -> ImageConfig:
+        if self.encoder == "pixel-statistics" and self.revision is not None:
+            raise ValueError("revision belongs to a named encoder; the built-in one has none")
+        if self.tokens_per_picture * self.max_pictures > 255:
+            raise ValueError(
+                f"{self.max_pictures} pictures of {self.tokens_per_picture} tokens are more than the 255 tokens "
+                "a modality may have: lower max_pictures or grid"
+            )
+        return self
+
+    @property
+    def tokens_per_picture(self) -> int:
+        """Feature tokens of one picture."""
+        return 1 + self.grid**2 if self.tokens == "grid" else 1
+
+
+class DuplicatesConfig(Section):
+    """Near-duplicates: items that the same users bought, beside items of equal content."""
+
+    min_overlap: float = Field(default=0.5, gt=0, le=1)  # Jaccard of the sets of training users
+    # In common: of the pairs with a single one, one in ten had alike titles; of those with two, seven.
+    min_users: Positive = 2
+    # Of each group only the most popular item stays in histories and among the candidates.
+    collapse: Literal["none", "content", "overlap", "both"] = "none"
 
 
 class CatalogConfig(Section):
@@ -78,7 +132,8 @@ class CatalogConfig(Section):
     image: ImageConfig = ImageConfig()
     structure_buckets: Positive = 65_536
     structure_depth: Positive = 6  # category-path prefixes kept, root first
-    rows_per_shard: Positive = 262_144
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    shard_bytes: Positive = 256 << 20  # about; of a tar of items or histories
     block_bytes: Positive = 1 << 20
 
 

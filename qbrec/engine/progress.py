@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
 from qbrec.storage.artifact import write_atomic
 
@@ -49,6 +49,12 @@ class Progress:
         """Draw the last state."""
         with self._lock:
             self._draw(final=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def line(self) -> str:
         """State in one line: label, share, ETA, info."""

@@ -12,8 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from qbrec.catalog.contract import Domain, read_contract
-from qbrec.catalog.index import Locations, check_unique
-from qbrec.catalog.rejected import ITEMS, settle, unpack
 from qbrec.catalog.sources import list_files, source_fingerprint
 from qbrec.catalog.units import cut_units, read_unit
 from qbrec.config.sections import CatalogConfig, DataConfig, DomainConfig, ImageConfig
@@ -171,25 +169,6 @@ def test_units_cover_every_row_once(tmp_path: Path) -> None:
     assert seen == table["item_id"].to_pylist()
 
 
-def test_duplicate_ids_name_both_rows(tmp_path: Path) -> None:
-    data = write(tmp_path, {"item_id": ["a", "b", "a"], "title": ["x"] * 3})
-    domains = read_contract(data, CatalogConfig())
-    units = cut_units(domains, role="items", unit_rows=2)
-    found = Locations(
-        hash64("shop", ["a", "b", "a"]), np.array([0, 0, 1], np.int32), np.array([0, 1, 0], np.int32)
-    )
-    with pytest.raises(DataError, match="'a' occurs twice") as caught:
-        check_unique(found, units, domains)
-    assert "row 0" in str(caught.value)
-    assert "row 2" in str(caught.value)
-    forged = Locations(np.array([7, 8, 7], np.uint64), found.unit, np.array([0, 1, 0], np.int32))
-    data = write(tmp_path, {"item_id": ["a", "b", "c"], "title": ["x"] * 3})
-    with pytest.raises(DataError, match="'a' and 'c' have the same 64-bit hash"):
-        check_unique(
-            forged, cut_units(domains, role="items", unit_rows=2), read_contract(data, CatalogConfig())
-        )
-
-
 def test_rows_of_hashes() -> None:
     rng = np.random.default_rng(0)
     hashes = np.unique(rng.integers(0, 1 << 63, 500).astype(np.uint64))
@@ -197,34 +176,6 @@ def test_rows_of_hashes() -> None:
     expected = [np.flatnonzero(hashes == w)[0] if w in hashes else -1 for w in wanted]
     assert rows_of(hashes, wanted).tolist() == expected
     assert rows_of(hashes[:0], wanted[:2]).tolist() == [-1, -1]
-
-
-def test_too_many_bad_rows_stop_the_run(tmp_path: Path) -> None:
-    (domain,) = read_contract(write(tmp_path / "in"), CatalogConfig())
-    bad = pa.table(
-        [[0, 0], [0, 0], [2, 1], ["c", None], ["image: cannot be decoded", "item_id: is null"]], schema=ITEMS
-    )
-    writer = ArtifactStore(tmp_path / "out").writer("catalog", "0" * 64)
-    writer.prepare()
-    counts = settle(writer, unpack([], ITEMS), role="items", domains=[domain], max_fraction=0.0)
-    assert counts == {}
-    ordered = bad.sort_by("row")
-    counts = settle(writer, ordered, role="items", domains=[domain], max_fraction=0.7)
-    assert counts == {"item_id: is null": 1, "image: cannot be decoded": 1}
-    written = pq.read_table(writer.path / "rejected/items.parquet").to_pylist()
-    assert [row["row"] for row in written] == [1, 2]
-    assert {row["domain"] for row in written} == {"shop"}
-    assert written[0]["file"].endswith("items.parquet")
-    with pytest.raises(DataError) as caught:
-        settle(writer, ordered, role="items", domains=[domain], max_fraction=0.5)
-    for word in (
-        "2 of 3 rows",
-        "items.parquet, row 1",
-        "item_id",
-        "max_rejected_fraction",
-        "rejected/items.parquet",
-    ):
-        assert word in str(caught.value)
 
 
 def test_a_domain_without_pictures_knows_it() -> None:
