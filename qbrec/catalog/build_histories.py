@@ -20,8 +20,8 @@ from qbrec.errors import DataError
 from qbrec.storage.artifact import ArtifactWriter
 from qbrec.storage.blocks import write_block_index
 
-# Of one task that sorts a partition: some 100 bytes each while it does.
-MAX_INTERACTIONS_PER_PARTITION = 1 << 23
+# Of one task that sorts a partition: it takes some 100 bytes for each, and more than these sort slower.
+MAX_INTERACTIONS_PER_PARTITION = 1 << 22
 
 
 def build_histories(

@@ -42,8 +42,10 @@ def split_by(table: pa.Table, partition: NDArray[Any], partitions: int) -> list[
     """
     if partitions == 1:
         return [table]
-    order = np.argsort(partition, kind="stable")
-    bounds = np.searchsorted(partition[order], np.arange(partitions + 1)).tolist()
+    # Of numbers below 2^16 numpy's stable sort is a radix sort: ten times faster.
+    small = partition.astype(np.uint16 if partitions <= 1 << 16 else np.int32)
+    order = np.argsort(small, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(small, minlength=partitions))]).tolist()
     ordered = table.take(pa.array(order))
     return [ordered.slice(begin, end - begin) for begin, end in pairwise(bounds)]
 

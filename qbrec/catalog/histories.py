@@ -162,8 +162,7 @@ class HistoryJob:
         users = _distinct(pa.concat_tables(tables[half:]))
         item, time = (np.asarray(events[name], dtype=np.int64) for name in ("item", "time"))
         user = np.asarray(events["user"], dtype=np.uint64)
-        # Equal timestamps: by the hash of (user, item), never by file order, which may know the future.
-        order = np.lexsort((combine64(user, fetch(self.hashes)[item]), time, user))
+        order = _history_order(user, time, fetch(self.hashes), item)
         user, item, time = user[order], item[order], time[order]
         begins = np.flatnonzero(np.concatenate([[True], user[1:] != user[:-1]]))
         lengths = np.diff(np.append(begins, len(user)))
@@ -236,6 +235,30 @@ class HistoryJob:
                     end - begin,
                 )
             return writer.close()
+
+
+def _history_order(user: NDArray[np.uint64], time: Ints, hashes: NDArray[np.uint64], item: Ints) -> Ints:
+    """Order by user hash, then time; equal timestamps by the hash of (user, item), int64 [n].
+
+    Never by file order, which may know the future. Two unstable sorts and a stable one of the ties take a
+    third of the time of one stable sort by three keys.
+    """
+    order = np.argsort(user)
+    ordered = user[order]
+    rank = np.cumsum(np.concatenate([[0], ordered[1:] != ordered[:-1]])).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        since = (time - time.min()).view(np.uint64)  # right for any two times: it wraps to the true distance
+    free = 64 - int(rank[-1]).bit_length()
+    # Times that need more bits than the rank leaves are compared whole among the ties.
+    drop = max(int(since.max()).bit_length() - free, 0)
+    key = (rank << np.uint64(free)) | (since[order] >> np.uint64(drop)) if rank[-1] else since[order]
+    second = np.argsort(key)
+    order, key = order[second], key[second]
+    equal = key[1:] == key[:-1]
+    tied = np.flatnonzero(np.concatenate([[False], equal]) | np.concatenate([equal, [False]]))
+    mine = order[tied]
+    order[tied] = mine[np.lexsort((combine64(user[mine], hashes[item[mine]]), time[mine], key[tied]))]
+    return order
 
 
 def _distinct(users: pa.Table) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,5 +40,14 @@ def join_parts(directory: Path, prefix: str) -> None:
 
 
 def new_array(directory: Path, name: str, dtype: Any, length: int) -> NDArray[Any]:
-    """An array of zeros that lives in `<name>.npy`: pages of a file, not memory of this process."""
-    return np.lib.format.open_memmap(directory / f"{name}.npy", mode="w+", dtype=dtype, shape=(length,))
+    """An array of zeros that lives in `<name>.npy`: pages of a file, not memory of this process.
+
+    Raises:
+        OSError: The disk is full. Space is reserved now: a full disk would kill the process when it writes a
+            mapped page.
+    """
+    path = directory / f"{name}.npy"
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array

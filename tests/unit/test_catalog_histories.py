@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qbrec.catalog import rejected
 from qbrec.catalog.contract import Domain, SourceFile
 from qbrec.catalog.exchange import range_of
-from qbrec.catalog.histories import HistoryJob, ReadJob, count_users
+from qbrec.catalog.histories import HistoryJob, ReadJob, _history_order, count_users
 from qbrec.catalog.units import cut_units
 from qbrec.config.sections import CatalogConfig
 from qbrec.errors import DataError
@@ -111,6 +111,22 @@ def test_file_order_says_nothing(tmp_path: Path) -> None:
         seen.add(tuple(blocks.view(0, "row").tolist()))
     assert len(seen) == 1
     assert seen != {tuple(sorted(seen.pop()))}
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 11)), min_size=1, max_size=40),
+    data=st.data(),
+)
+def test_the_order_is_that_of_one_stable_sort(rows: list[tuple[int, int]], data: st.DataObject) -> None:
+    """Times of any width, many of them equal."""
+    near = st.sampled_from([-(2**63), -1, 0, 1, 2**40, 2**40 + 1, 2**63 - 1])
+    time = np.array([data.draw(near) for _ in rows], np.int64)
+    user = hash64("shop", [f"u{u}" for u, _ in rows])
+    item = np.array([i for _, i in rows])
+    expected = np.lexsort((combine64(user, HASHES[item]), time, user))
+    found = _history_order(user, time, HASHES, item)
+    for values in (user, time, item):
+        assert values[found].tolist() == values[expected].tolist()
 
 
 def test_reasons(tmp_path: Path) -> None:
