@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from qbrec.catalog import equal_content, items, rejected
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.encode import BUILT_IN_IMAGE, BUILT_IN_TEXT
 from qbrec.catalog.exchange import Parts, exchange, group_size, reduce
 from qbrec.catalog.image import DIM as IMAGE_DIM
 from qbrec.catalog.index import Uniqueness
+from qbrec.catalog.models import BUILT_IN_IMAGE, BUILT_IN_TEXT, encoder_identity
 from qbrec.catalog.parts import join_parts, new_array
+from qbrec.catalog.pool import encoder_pool
 from qbrec.catalog.shards import ShardJob
-from qbrec.catalog.text import FIELDS, HashedNgramEncoder
+from qbrec.catalog.text import HashedNgramEncoder
 from qbrec.catalog.units import ITEM_UNIT_ROWS, blocks_of, cut_units, unit_dataset
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
@@ -72,9 +73,14 @@ class _Build:
         found = {m for domain in domains for m in domain.embeddings}
         found |= {"text"} if any(d.encodes_text for d in domains) else set()
         found |= {"image"} if any(d.picture_column for d in domains) else set()
+        self.encoded = {m for m in ("text", "image") if any(self._encodes(d, m) for d in domains)}
         order = {"text": 0, "image": 1}
         self.modalities = tuple(sorted(found, key=lambda m: (order.get(m, 2), m)))
         self.shards = -(-self.total * self._row_bytes() // self.catalog.shard_bytes)
+
+    @staticmethod
+    def _encodes(domain: Domain, modality: str) -> bool:
+        return domain.encodes_text if modality == "text" else domain.picture_column is not None
 
     def run(self) -> BuiltItems:
         text = self._scan()
@@ -110,6 +116,14 @@ class _Build:
             "num_duplicates": duplicates,
             "structure_slots": self.catalog.structure_depth + 1,
             "structure_buckets": self.catalog.structure_buckets,
+            "encoders": encoder_identity(
+                self.catalog, dims={m: w for m, w in widths.items() if m in self.encoded}
+            ),
+            "skipped_pictures": rejected.settle(
+                self.directory, role="pictures", domains=self.domains, max_fraction=float("inf")
+            )
+            if "image" in self.encoded
+            else {},
         }
         refused = rejected.item_hashes(self.directory) if reasons else np.zeros(0, np.uint64)
         return BuiltItems(hashes, refused, reasons, meta)
@@ -121,7 +135,11 @@ class _Build:
             "text": self.catalog.text.dim if self.catalog.text.encoder == BUILT_IN_TEXT else _UNKNOWN_DIM,
             "image": IMAGE_DIM if self.catalog.image.encoder == BUILT_IN_IMAGE else _UNKNOWN_DIM,
         }
-        tokens = {"text": len(FIELDS)}
+        text = self.catalog.text
+        tokens = {
+            "text": 2 + text.description_tokens + bool(text.attributes),
+            "image": self.catalog.image.tokens_per_picture,
+        }
         return (
             17
             + 4 * (self.catalog.structure_depth + 1)
@@ -174,26 +192,36 @@ class _Build:
 
     def _encoded(self, text: HashedNgramEncoder | None) -> Dataset:
         import ray
+        import ray.data
 
+        compute = self.config.compute
+        pool = encoder_pool(
+            self.catalog, compute, encoded=self.encoded, resources=ray.cluster_resources(),
+            actors=compute.encoder_actors, gpus_per_actor=compute.encoder_gpus,
+            cpus_per_actor=compute.encoder_cpus,
+        )  # fmt: skip
+        display = _display(self.domains)
         job = items.EncodeJob(
-            self.directory, self.catalog, self.domains, self.modalities, _display(self.domains)
+            self.directory,
+            self.catalog,
+            self.domains,
+            self.modalities,
+            display,
+            pool.device if pool else "cpu",
         )
         reference = ray.put(text)
+        if pool is not None:
+            return unit_dataset(self.units).map_batches(
+                items.EncodeWorker, fn_constructor_args=(job, reference), batch_size=None,
+                batch_format="pyarrow", num_gpus=pool.num_gpus, num_cpus=pool.num_cpus,
+                compute=ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size),
+            )  # fmt: skip
 
         def encode(table: pa.Table) -> Any:
             (unit,) = table.to_pylist()
             yield from job.unit(unit, ray.get(reference))
 
-        named = "text" in self.modalities and self.catalog.text.encoder != BUILT_IN_TEXT
-        named |= "image" in self.modalities and self.catalog.image.encoder != BUILT_IN_IMAGE
-        gpus = (
-            1
-            if named and self.config.compute.device != "cpu" and ray.cluster_resources().get("GPU")
-            else None
-        )
-        return unit_dataset(self.units).map_batches(
-            encode, batch_size=None, batch_format="pyarrow", num_gpus=gpus
-        )
+        return unit_dataset(self.units).map_batches(encode, batch_size=None, batch_format="pyarrow")
 
     def _store(
         self,

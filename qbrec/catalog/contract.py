@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import pyarrow as pa
 
 from qbrec.catalog.sources import SourceFile, list_files, open_parquet
@@ -47,6 +46,15 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
+def _is_attribute(kind: pa.DataType) -> bool:
+    plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return is_text(kind) or _is_text_list(kind) or bool(plain or pa.types.is_decimal(kind))
+
+
+def _one_or_list(check: Check) -> Check:
+    return lambda kind: check(kind.value_type if is_list(kind) else kind)
+
+
 _TEXT = ("string", is_text)
 ITEM_COLUMNS: dict[str, tuple[str, Check]] = {
     "item_id": _TEXT,
@@ -54,9 +62,10 @@ ITEM_COLUMNS: dict[str, tuple[str, Check]] = {
     "description": _TEXT,
     "brand": _TEXT,
     "categories": ("list<string>, root first", _is_text_list),
-    "image": ("binary: the encoded picture", _is_bytes),
-    "image_path": _TEXT,
+    "image": ("binary or list<binary>: the encoded pictures", _one_or_list(_is_bytes)),
+    "image_path": ("string or list<string>", _one_or_list(is_text)),
 }
+_ATTRIBUTE = ("string, list<string>, number or boolean", _is_attribute)
 INTERACTION_COLUMNS: dict[str, tuple[str, Check]] = {
     "user_id": _TEXT,
     "item_id": _TEXT,
@@ -72,6 +81,7 @@ class Domain:
         columns: Contract columns its items have.
         embeddings: Column and width by modality, for modalities that come encoded.
         display: Schema of the other columns, carried along.
+        attributes: Those of them whose values are text to be encoded (`catalog.text.attributes`).
     """
 
     number: int
@@ -83,13 +93,13 @@ class Domain:
     display: pa.Schema = field(default_factory=lambda: pa.schema([]))
     item_rows: int = 0
     interaction_rows: int = 0
+    attributes: tuple[str, ...] = ()
 
     @property
     def encodes_text(self) -> bool:
         """Whether raw text is encoded here (a `text_embedding` column takes its place)."""
-        return "text" not in self.embeddings and any(
-            name in self.columns for name in ("title", "description", "brand", "categories")
-        )
+        fields = {"title", "description", "brand", "categories"} & set(self.columns)
+        return "text" not in self.embeddings and bool(fields or self.attributes)
 
     @property
     def picture_column(self) -> str | None:
@@ -103,7 +113,7 @@ def read_contract(data: DataConfig, catalog: CatalogConfig) -> list[Domain]:
     """Find the files of all domains and check every file's columns, before a single row is read.
 
     Raises:
-        ConfigError: No domain, or `image_path` without allowed folders.
+        ConfigError: No domain, `image_path` without allowed places, or an attribute that no domain has.
         DataError: A file or column is missing or has the wrong type; domains contradict each other.
     """
     if not data.domains:
@@ -114,11 +124,12 @@ def read_contract(data: DataConfig, catalog: CatalogConfig) -> list[Domain]:
         )
     if len(data.domains) > 255:
         raise ConfigError("more than 255 domains", where="data.domains", fix="merge some of them")
+    attributes = dict.fromkeys(catalog.text.attributes, _ATTRIBUTE)
     domains = []
     for number, (name, place) in enumerate(data.domains.items()):
         items = list_files(place.items, where=f"data.domains.{name}.items")
         interactions = list_files(place.interactions, where=f"data.domains.{name}.interactions")
-        schema, item_rows = _check_files(items, ITEM_COLUMNS, required=("item_id",))
+        schema, item_rows = _check_files(items, ITEM_COLUMNS | attributes, required=("item_id",))
         _, interaction_rows = _check_files(
             interactions, INTERACTION_COLUMNS, required=tuple(INTERACTION_COLUMNS)
         )
@@ -145,14 +156,24 @@ def read_contract(data: DataConfig, catalog: CatalogConfig) -> list[Domain]:
             display=pa.schema([f.remove_metadata() for f in schema if f.name not in known]),
             item_rows=item_rows,
             interaction_rows=interaction_rows,
+            attributes=tuple(c for c in attributes if c in schema.names and c not in known),
         )  # fmt: skip
-        if domain.picture_column == "image_path" and not catalog.image.roots:
+        if domain.picture_column == "image_path" and not (catalog.image.roots or catalog.image.hosts):
             raise ConfigError(
-                f"the items of {name!r} have image_path, but no folder is allowed to be read",
+                f"the items of {name!r} have image_path, but no place is allowed to be read",
                 where="catalog.image.roots",
-                fix="list the folders the pictures lie in, or put the picture itself into a column `image`",
+                fix="list the folders or s3:// and gs:// prefixes the pictures lie in, or their http(s):// "
+                "hosts in catalog.image.hosts, or put the picture itself into a column `image`",
             )
         domains.append(domain)
+    for column in attributes:
+        if not any(column in domain.attributes for domain in domains):
+            further = sorted({name for domain in domains for name in domain.display.names})
+            raise ConfigError(
+                f"no domain has a further column {column!r}",
+                where="catalog.text.attributes",
+                fix=f"choose from {', '.join(further) or 'nothing: there are no further columns'}",
+            )
     _check_agreement(domains)
     return domains
 
@@ -258,26 +279,3 @@ def _check_agreement(domains: list[Domain]) -> None:
             where=domains[0].items[0].path,
             fix="bring a title, description, categories, brand, image or <name>_embedding column at least",
         )
-
-
-def as_vectors(column: pa.ChunkedArray, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An embedding column as float16.
-
-    Returns:
-        Vectors [n, width] (zeros where there is none), present bool [n], and the kind of fault uint8 [n]:
-        0 none, 1 wrong length, 2 NaN or beyond float16.
-    """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    array = array.cast(pa.large_list(array.type.value_type))
-    n = len(array)
-    present = array.is_valid().to_numpy(zero_copy_only=False)
-    lengths = pa.compute.fill_null(pa.compute.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    fault = np.where(present & (lengths != width), 1, 0).astype(np.uint8)
-    good = np.flatnonzero(present & (fault == 0))
-    vectors = np.zeros((n, width), dtype=np.float16)
-    values = array.take(pa.array(good)).flatten()
-    with np.errstate(over="ignore", invalid="ignore"):
-        wide = values.cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(-1, width).astype(np.float16)
-    fault[good[~np.isfinite(wide).all(axis=1)]] = 2
-    vectors[good] = wide
-    return vectors, present, fault

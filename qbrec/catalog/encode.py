@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -10,50 +9,34 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from qbrec.catalog.contract import Domain, as_vectors
-from qbrec.catalog.image import SIDE, BadImageError, decode, open_picture, pixel_statistics
-from qbrec.catalog.named import image_encoder, text_encoder
-from qbrec.catalog.text import FIELDS, HashedNgramEncoder, normalise
+from qbrec.catalog.content import Content, hash_sequences, hash_vectors
+from qbrec.catalog.contract import Domain
+from qbrec.catalog.fetch import PictureReader
+from qbrec.catalog.fields import category_paths, item_texts, strings, text_tokens
+from qbrec.catalog.models import BUILT_IN_IMAGE, BUILT_IN_TEXT
+from qbrec.catalog.named import text_encoder
+from qbrec.catalog.pictures import PictureEncoder
+from qbrec.catalog.text import FIELDS, HashedNgramEncoder
+from qbrec.catalog.vectors import as_vectors
 from qbrec.config.sections import CatalogConfig
-from qbrec.storage.hashing import SEPARATOR, hash64, hash_bytes
+from qbrec.storage.hashing import combine64, hash64, hash_bytes
 
-BUILT_IN_TEXT, BUILT_IN_IMAGE = "hashed-ngram", "pixel-statistics"
 DISPLAY = "display."
 Tokens = tuple[NDArray[np.float16], NDArray[np.uint8]]  # values [Σ, d], tokens of every item [n]
 
 
-def strings(table: pa.Table, column: str) -> pa.Array:
-    """A string column as one array; nulls where the table has no such column."""
-    if column not in table.column_names:
-        return pa.nulls(table.num_rows, pa.string())
-    return table[column].combine_chunks().cast(pa.string())
-
-
-def category_paths(table: pa.Table) -> list[tuple[str, ...]]:
-    """Category path of every item, root first, without empty names."""
-    if "categories" not in table.column_names:
-        return [()] * table.num_rows
-    paths = table["categories"].to_pylist()
-    return [tuple(s for name in path if name and (s := name.strip())) if path else () for path in paths]
-
-
-def item_texts(table: pa.Table, paths: list[tuple[str, ...]]) -> dict[str, pa.Array]:
-    """The three text fields as they are: title, description, labels (categories and brand)."""
-    brand = pc.fill_null(strings(table, "brand"), "")
-    labels = pc.binary_join_element_wise(
-        pa.array([" ".join(path) for path in paths], pa.string()), brand, " "
-    )
-    return {"title": strings(table, "title"), "description": strings(table, "description"), "labels": labels}
-
-
 class ItemEncoder:
     """Encodes batches of raw items of any domain.
+
+    Named encoders are loaded at their first use and stay in the process: another `ItemEncoder` finds them.
 
     Args:
         config: The catalogue's configuration.
         modalities: Names of all modalities of the catalogue: every domain's rows carry all of them.
         display: Further columns of all domains together.
         text: The frozen built-in text encoder; None where text is not encoded with it.
+        device: Where named encoders run: `cpu` or `cuda`.
+        reader: Reads `image_path`; None: as the configuration allows.
     """
 
     def __init__(
@@ -63,18 +46,22 @@ class ItemEncoder:
         modalities: tuple[str, ...],
         display: pa.Schema,
         text: HashedNgramEncoder | None,
+        device: str = "cpu",
+        reader: PictureReader | None = None,
     ) -> None:
         self._config, self._modalities, self._display, self._text = config, modalities, display, text
-        self._structure: dict[tuple[str, ...], list[int]] = {}
-        self._roots = tuple(os.path.realpath(root) for root in config.image.roots)
+        self._device, self._reader = device, reader
+        self._paths: dict[str, NDArray[np.int32]] = {}
+        self._brands: dict[str, int] = {}
 
     def encode(self, table: pa.Table, domain: Domain, *, file: int, first_row: int) -> pa.Table:
         """One output row per input row; rejected rows have a `reason` and no features.
 
         Returns:
             hash uint64, item_id, domain int32, file int32, row int64 (in the file), reason (null: good),
-            content int64, structure (int32 bytes), by modality `feature.<m>` (float16 bytes) and `tokens.<m>`
-            uint8, title, brand, categories and `display.<column>` for the further columns.
+            skipped list<string> (reasons why pictures were left out; null: none were), content int64,
+            structure (int32 bytes), by modality `feature.<m>` (float16 bytes) and `tokens.<m>` uint8, title,
+            brand, categories and `display.<column>` for the further columns.
         """
         n = table.num_rows
         reasons = np.full(n, None, dtype=object)
@@ -83,20 +70,20 @@ class ItemEncoder:
         reasons[pc.equal(pc.fill_null(ids, "x"), "").to_numpy(zero_copy_only=False)] = "item_id: is empty"
         hashes = hash64(domain.name, pc.fill_null(ids, "").to_pylist())
         paths = category_paths(table)
-        content: list[list[bytes]] = [[] for _ in range(n)]
+        content = Content(n)
         features: dict[str, Tokens] = {}
-        if domain.encodes_text:
-            features["text"] = self._encode_text(table, paths, content)
-        if domain.picture_column:
-            features["image"] = self._encode_images(table[domain.picture_column], domain, reasons, content)
         for modality, (column, width) in sorted(domain.embeddings.items()):
             vectors, present, fault = as_vectors(table[column], width)
             for code, what in ((1, "has a wrong length"), (2, "holds NaN or a number beyond float16")):
                 _reject(reasons, fault == code, f"{column}: {what}")
             present &= fault == 0
-            features[modality] = vectors[present], present.astype(np.uint8)
-            for i in np.flatnonzero(present):
-                content[i].append(modality.encode() + SEPARATOR + vectors[i].tobytes())
+            features[modality] = vectors if present.all() else vectors[present], present.astype(np.uint8)
+            content.add(modality, hash_vectors(vectors), present)
+        if domain.encodes_text:
+            features["text"] = self._encode_text(table, domain, paths, content)
+        skipped: dict[int, list[str]] = {}
+        if domain.picture_column:
+            features["image"], skipped = self._encode_pictures(table, domain, reasons, content)
         columns = {
             "hash": hashes,
             "item_id": ids,
@@ -104,20 +91,17 @@ class ItemEncoder:
             "file": np.full(n, file, dtype=np.int32),
             "row": np.arange(first_row, first_row + n, dtype=np.int64),
             "reason": pa.array(reasons, pa.string()),
-            # An item that shows nothing is equal to no other one.
-            "content": np.where(
-                [bool(parts) for parts in content],
-                hash_bytes(b"\x1e".join(parts) for parts in content),
-                hashes,
-            ).view(np.int64),
+            "skipped": pa.array([skipped.get(i) for i in range(n)], pa.list_(pa.string()))
+            if skipped
+            else pa.nulls(n, pa.list_(pa.string())),
+            "content": content.numbers(hashes),
             "structure": _fixed(self.structure(table, paths)),
         }
         for modality in self._modalities:
             values, tokens = features.get(modality, (np.zeros((0, 1), np.float16), np.zeros(n, np.uint8)))
             columns[f"feature.{modality}"] = as_binary(values, tokens)
             columns[f"tokens.{modality}"] = tokens
-        columns |= {"title": strings(table, "title"), "brand": strings(table, "brand")}
-        columns["categories"] = pa.array([list(path) for path in paths], pa.list_(pa.string()))
+        columns |= {"title": strings(table, "title"), "brand": strings(table, "brand"), "categories": paths}
         for wanted in self._display:
             own = wanted.name in domain.display.names
             columns[f"{DISPLAY}{wanted.name}"] = (
@@ -125,93 +109,83 @@ class ItemEncoder:
             )
         return pa.table(columns)
 
-    def structure(self, table: pa.Table, paths: list[tuple[str, ...]]) -> NDArray[np.int32]:
-        """Buckets of every prefix of the category path and, last, of the brand: int32 [n, S], -1 absent."""
-        depth, buckets = self._config.structure_depth, self._config.structure_buckets
-        brands = strings(table, "brand").to_pylist()
-        out = np.full((len(paths), depth + 1), -1, dtype=np.int32)
-        for i, (path, brand) in enumerate(zip(paths, brands, strict=True)):
-            if path:
-                if path not in self._structure:
-                    keys = [
-                        "\x1f".join(("category", *path[: d + 1])).encode()
-                        for d in range(min(depth, len(path)))
-                    ]
-                    self._structure[path] = (hash_bytes(keys) % np.uint64(buckets)).astype(int).tolist()
-                codes = self._structure[path]
-                out[i, : len(codes)] = codes
-            if brand and (name := brand.strip().lower()):
-                key = ("\x1fbrand", name)
-                if key not in self._structure:
-                    self._structure[key] = (
-                        hash_bytes(["\x1f".join(key).encode()]) % np.uint64(buckets)
-                    ).tolist()
-                out[i, depth] = self._structure[key][0]
+    def structure(self, table: pa.Table, paths: pa.Array) -> NDArray[np.int32]:
+        """Buckets of every prefix of the category path and, last, of the brand: int32 [n, S], -1 absent.
+
+        Args:
+            table: n items.
+            paths: Their `category_paths`.
+        """
+        depth, buckets = self._config.structure_depth, np.uint64(self._config.structure_buckets)
+        out = np.full((table.num_rows, depth + 1), -1, dtype=np.int32)
+        joined = pc.binary_join(paths, "\x1f").dictionary_encode()
+        # Every path and every brand is hashed once, however many items have it.
+        codes = np.full((len(joined.dictionary), depth), -1, dtype=np.int32)
+        for i, path in enumerate(joined.dictionary.to_pylist()):
+            if path not in self._paths:
+                names = path.split("\x1f")[:depth] if path else []
+                keys = ["\x1f".join(("category", *names[: d + 1])).encode() for d in range(len(names))]
+                self._paths[path] = (hash_bytes(keys) % buckets).astype(np.int32)
+            codes[i, : len(self._paths[path])] = self._paths[path]
+        out[:, :depth] = codes[np.asarray(joined.indices)]
+        encoded = strings(table, "brand").dictionary_encode()
+        brands = np.full(len(encoded.dictionary), -1, dtype=np.int32)
+        for i, brand in enumerate(encoded.dictionary.to_pylist()):
+            if brand not in self._brands:
+                name = brand.strip().lower()
+                key = f"\x1fbrand\x1f{name}".encode()
+                self._brands[brand] = int(hash_bytes([key])[0] % buckets) if name else -1
+            brands[i] = self._brands[brand]
+        has = encoded.is_valid().to_numpy(zero_copy_only=False)
+        out[has, depth] = brands[np.asarray(encoded.indices.drop_null())]
         return out
 
-    def _encode_text(
-        self, table: pa.Table, paths: list[tuple[str, ...]], content: list[list[bytes]]
-    ) -> Tokens:
+    def _encode_text(self, table: pa.Table, domain: Domain, paths: pa.Array, content: Content) -> Tokens:
         config = self._config.text
-        raw = item_texts(table, paths)
-        clean = {name: normalise(raw[name]) for name in FIELDS}
-        present = np.stack(
-            [pc.greater(pc.utf8_length(clean[f]), 0).to_numpy(zero_copy_only=False) for f in FIELDS], axis=1
+        texts = text_tokens(
+            item_texts(table, paths, domain.attributes),
+            description_tokens=config.description_tokens,
+            chunk_characters=config.chunk_characters,
         )
-        for i, texts in enumerate(zip(*(clean[name].to_pylist() for name in FIELDS), strict=True)):
-            if any(texts):
-                content[i].append(b"text" + SEPARATOR + SEPARATOR.join(text.encode() for text in texts))
-        if self._text is not None:
-            vectors = np.stack([self._text.encode(clean[f], field=f) for f in FIELDS], axis=1)[present]
-            return vectors.astype(np.float16), present.sum(axis=1).astype(np.uint8)
-        wanted = np.stack([raw[name].to_pylist() for name in FIELDS], axis=1)[present].tolist()
-        if not wanted:
-            return np.zeros((0, 1), np.float16), present.sum(axis=1).astype(np.uint8)
-        encoder = text_encoder(config.encoder, config.revision, config.batch_size)
-        return encoder.encode(wanted).astype(np.float16), present.sum(axis=1).astype(np.uint8)
+        n = table.num_rows
+        tokens = np.bincount(texts.owner, minlength=n)
+        hashes = hash_bytes(text.encode() for text in texts.clean.to_pylist())
+        hashes = combine64(texts.field.astype(np.uint64), hashes)
+        content.add("text", hash_sequences(texts.owner, hashes, n), tokens > 0)
+        if not len(texts.owner):
+            return np.zeros((0, 1), np.float16), tokens.astype(np.uint8)
+        if self._text is None:
+            vectors = text_encoder(config, self._device).encode(texts.raw.to_pylist())
+            return vectors.astype(np.float16), tokens.astype(np.uint8)
+        out = np.empty((len(texts.owner), self._text.dim), dtype=np.float16)
+        for number, field in enumerate(FIELDS):
+            mine = np.flatnonzero(texts.field == number)
+            if len(mine):
+                out[mine] = self._text.encode(texts.clean.take(pa.array(mine)), field=field)
+        return out, tokens.astype(np.uint8)
 
-    def _encode_images(
-        self, column: pa.ChunkedArray, domain: Domain, reasons: NDArray[Any], content: list[list[bytes]]
-    ) -> Tokens:
-        config = self._config.image
-        built_in = config.encoder == BUILT_IN_IMAGE
-        pictures: list[Any] = []
-        tokens = np.zeros(len(reasons), dtype=np.uint8)
-        for i, value in enumerate(column.to_pylist()):
-            if not value:
-                continue
-            try:
-                data = self._read_picture(value) if domain.picture_column == "image_path" else value
-                reader = decode if built_in else open_picture
-                pictures.append(reader(data, max_pixels=config.max_pixels))
-            except BadImageError as error:
-                reasons[i] = reasons[i] or f"{domain.picture_column}: {error}"
-                continue
-            tokens[i] = 1
-            content[i].append(b"image" + SEPARATOR + data)
-        if built_in:
-            stacked = np.stack(pictures) if pictures else np.zeros((0, SIDE, SIDE, 3), np.uint8)
-            return pixel_statistics(stacked).astype(np.float16), tokens
-        if not pictures:
-            return np.zeros((0, 1), np.float16), tokens
-        encoder = image_encoder(config.encoder, config.revision, config.batch_size)
-        return encoder.encode(pictures).astype(np.float16), tokens
+    def _encode_pictures(
+        self, table: pa.Table, domain: Domain, reasons: NDArray[Any], content: Content
+    ) -> tuple[Tokens, dict[int, list[str]]]:
+        column, config = domain.picture_column, self._config.image
+        assert column is not None
+        self._reader = self._reader or PictureReader(config)
+        encoder = PictureEncoder(config, reader=self._reader, device=self._device)
+        wanted = np.array([reason is None for reason in reasons], dtype=bool)
+        found = encoder.encode(table[column], paths=column == "image_path", wanted=wanted)
+        for item, reason in found.reasons.items():
+            reasons[item] = f"{column}: {reason}"
+        content.add("image", found.content, found.tokens > 0)
+        skipped = {item: [f"{column}: {what}" for what in all_] for item, all_ in found.skipped.items()}
+        return (found.values, found.tokens), skipped
 
-    def _read_picture(self, path: str) -> bytes:
-        if "://" in path:
-            raise BadImageError("is a URL")
-        fault = "lies outside catalog.image.roots"
-        for root in self._roots:
-            # Resolved before it is compared, so that neither `..` nor a link leads outside.
-            real = os.path.realpath(os.path.join(root, path))
-            if os.path.commonpath([root, real]) != root:
-                continue
-            try:
-                with open(real, "rb") as file:
-                    return file.read()
-            except OSError:
-                fault = "cannot be read"  # a relative path may lie below a later root
-        raise BadImageError(fault)
+
+def skipped_pictures(encoded: pa.Table) -> pa.Table:
+    """The pictures that encoded items left out, one row each: domain, file, row, item_id, reason."""
+    part = encoded.select(["domain", "file", "row", "item_id", "skipped"]).combine_chunks()
+    reasons = part["skipped"].combine_chunks()
+    places = part.drop_columns(["skipped"]).take(pc.list_parent_indices(reasons))
+    return places.append_column("reason", pc.list_flatten(reasons))
 
 
 def _reject(reasons: NDArray[Any], where: NDArray[np.bool_], reason: str) -> None:
@@ -241,3 +215,9 @@ def from_binary(column: pa.ChunkedArray, width: int) -> NDArray[np.float16]:
         return np.zeros((0, width), dtype=np.float16)
     flat = np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]].view(np.float16)
     return flat.reshape(-1, width)
+
+
+__all__ = [
+    "BUILT_IN_IMAGE", "BUILT_IN_TEXT", "DISPLAY", "ItemEncoder", "as_binary", "category_paths", "from_binary",
+    "item_texts", "skipped_pictures", "strings",
+]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 
 from qbrec.catalog import rejected
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.encode import ItemEncoder, category_paths, item_texts, strings
+from qbrec.catalog.encode import ItemEncoder, skipped_pictures
 from qbrec.catalog.exchange import range_of, split_by
+from qbrec.catalog.fields import category_paths, item_texts, strings
 from qbrec.catalog.ngrams import NUM_BUCKETS
 from qbrec.catalog.text import FIELDS, SAMPLE_TEXTS, HashedNgramEncoder, document_frequencies, normalise
-from qbrec.catalog.units import read_unit
+from qbrec.catalog.units import ITEM_UNIT_ROWS, read_unit
 from qbrec.config.sections import CatalogConfig
 from qbrec.storage.hashing import hash64, hash_bytes
+
+if TYPE_CHECKING:
+    import ray
 
 COUNTED_ITEMS = 1 << 21  # items whose words are counted for the inverse document frequencies
 _TEXT_COLUMNS = ("title", "description", "brand", "categories")
@@ -62,6 +66,7 @@ class ScanJob:
         total = sum(d.item_rows for d in self.domains)
         count_words = self.count_words and domain.encodes_text
         columns = ["item_id", *(c for c in _TEXT_COLUMNS if count_words and c in domain.columns)]
+        columns += domain.attributes if count_words else ()
         hashes, places = [], []
         frequencies = np.zeros((len(FIELDS), NUM_BUCKETS) if count_words else (0, 0), dtype=np.int64)
         num_texts = np.zeros(len(FIELDS), dtype=np.int64)
@@ -78,7 +83,9 @@ class ScanJob:
             counted = valid & _drawn(batch, COUNTED_ITEMS / total)
             table = table.filter(pa.array(counted))
             chosen = pa.array(_drawn(batch[counted], SAMPLE_TEXTS / total))
-            for number, (name, raw) in enumerate(item_texts(table, category_paths(table)).items()):
+            for number, (name, raw) in enumerate(
+                item_texts(table, category_paths(table), domain.attributes).items()
+            ):
                 texts = normalise(raw)
                 frequencies[number] += document_frequencies(texts)
                 num_texts[number] += int(pc.sum(pc.greater(pc.utf8_length(texts), 0)).as_py() or 0)
@@ -138,6 +145,7 @@ class EncodeJob:
     Attributes:
         directory: The artifact under construction, for the rejected rows.
         display: Further columns of all domains together.
+        device: Where named encoders run.
     """
 
     directory: Path
@@ -145,17 +153,22 @@ class EncodeJob:
     domains: list[Domain]
     modalities: tuple[str, ...]
     display: pa.Schema
+    device: str = "cpu"
 
     def unit(self, unit: dict[str, Any], text: HashedNgramEncoder | None) -> Iterator[pa.Table]:
         """Encoded good rows of one unit, batch by batch; bad ones go to the rejected rows."""
         domain = self.domains[unit["domain"]]
-        encoder = ItemEncoder(self.config, modalities=self.modalities, display=self.display, text=text)
+        encoder = ItemEncoder(
+            self.config, modalities=self.modalities, display=self.display, text=text, device=self.device
+        )
         columns = [c for c in domain.columns if c != "image_path" or domain.picture_column == c]
         if domain.picture_column != "image":
             columns = [c for c in columns if c != "image"]
         columns += [column for column, _ in domain.embeddings.values()] + domain.display.names
-        bad = []
-        for first_row, table in read_unit(unit, columns, batch_rows=_BATCH_ROWS):
+        bad, skipped = [], []
+        light = not (domain.encodes_text or domain.picture_column)
+        batch_rows = ITEM_UNIT_ROWS if light else _BATCH_ROWS
+        for first_row, table in read_unit(unit, columns, batch_rows=batch_rows):
             encoded = encoder.encode(table, domain, file=unit["file"], first_row=first_row)
             reason = encoded["reason"]
             if reason.null_count < len(reason):
@@ -163,9 +176,26 @@ class EncodeJob:
                     encoded.filter(reason.is_valid()).select(rejected.ITEMS.names).cast(rejected.ITEMS)
                 )
                 encoded = encoded.filter(reason.is_null())
-            yield encoded.drop_columns(["reason", "file", "row"])
+            skipped.append(skipped_pictures(encoded).cast(rejected.ITEMS))
+            yield encoded.drop_columns(["reason", "skipped", "file", "row"])
         if bad:
             rejected.write_part(self.directory, "items", unit["number"], pa.concat_tables(bad))
+        if any(part.num_rows for part in skipped):
+            rejected.write_part(self.directory, "pictures", unit["number"], pa.concat_tables(skipped))
+
+
+class EncodeWorker:
+    """An actor that encodes units: its process keeps the named encoders."""
+
+    def __init__(self, job: EncodeJob, text: ray.ObjectRef[Any]) -> None:
+        import ray
+
+        self._job, self._text = job, ray.get(text)
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Encoded good rows of the unit that a table of one row names."""
+        (unit,) = table.to_pylist()
+        yield from self._job.unit(unit, self._text)
 
 
 @dataclass(frozen=True)

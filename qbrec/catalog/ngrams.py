@@ -43,6 +43,8 @@ def ngram_counts(texts: pa.Array) -> tuple[sparse.csr_matrix, sparse.csr_matrix]
         Two matrices float32 [n, NUM_BUCKETS] with sorted column indices.
     """
     n = len(texts)
+    if not pc.any(pc.not_equal(texts, "")).as_py():
+        return tuple(sparse.csr_matrix((n, NUM_BUCKETS), dtype=np.float32) for _ in range(2))
     lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(np.int64) + 2
     joined = "".join(f" {text} " for text in texts.to_pylist())
     codes = np.frombuffer(joined.encode("utf-32-le"), dtype=np.uint32)

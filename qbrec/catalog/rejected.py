@@ -39,9 +39,21 @@ _REMEDIES = {
     "has more pixels than catalog.image.max_pixels": "scale the picture down, or raise that limit",
     "has a wrong length": "give all vectors of the column the same length, or null",
     "holds NaN or a number beyond float16": "replace the vector by null or by finite numbers below 65504",
-    "is a URL": "download the picture and name the local file: nothing is fetched from the network",
-    "lies outside catalog.image.roots": "move the picture into an allowed folder, or allow its folder",
+    "lies outside catalog.image.roots": "move the picture into an allowed place, or allow its place",
     "cannot be read": "check that the picture is there and may be read",
+    "has more bytes than catalog.image.max_bytes": "store the picture smaller, or raise that limit",
+    "has a scheme that is not allowed": "name a local path, s3://, gs://, http:// or https://",
+    "is not a usable URL": "write http(s)://host/path, without a user name and on the usual port",
+    "names a host that is not in catalog.image.hosts": "allow the host there, or download its pictures first",
+    "names a host that is not known": "correct the address, or replace it by null",
+    "leads to an address that is not public": "download the picture and name the local file",
+    "comes from a server whose certificate is not trusted": "download the picture and name the local file",
+    "is redirected from https to http": "name the address it leads to, if that may be trusted",
+    "redirects too often": "name the address it leads to in the end",
+    "is not found by its server": "correct the address, or replace it by null",
+    "is refused by its server": "check that the picture may be fetched without logging in",
+    "could not be fetched: its server fails or is too slow": "run again later, raise retries or "
+    "total_timeout_s in catalog.image, or download the pictures first",
 }
 
 
@@ -80,7 +92,7 @@ def settle(directory: Path, *, role: str, domains: list[Domain], max_fraction: f
 
     Args:
         directory: Artifact under construction.
-        role: `items` or `interactions`.
+        role: `items`, `interactions`, or `pictures` that items go without.
         domains: All domains; the fraction is taken of each one's own rows.
         max_fraction: `catalog.max_rejected_fraction`.
 
@@ -91,10 +103,11 @@ def settle(directory: Path, *, role: str, domains: list[Domain], max_fraction: f
         DataError: A domain has more bad rows than allowed; names the first of them.
     """
     names = pa.array([domain.name for domain in domains])
-    paths = [[file.path for file in getattr(domain, role)] for domain in domains]
+    source = "interactions" if role == "interactions" else "items"
+    paths = [[file.path for file in getattr(domain, source)] for domain in domains]
     counts: Counter[tuple[int, str]] = Counter()
     first: dict[int, dict[str, Any]] = {}
-    schema = ITEMS if role == "items" else INTERACTIONS
+    schema = ITEMS if source == "items" else INTERACTIONS
     target = directory / "rejected" / f"{role}.parquet"
     target.parent.mkdir(exist_ok=True)
     for index, name in enumerate(("domain", "file")):
@@ -112,7 +125,7 @@ def settle(directory: Path, *, role: str, domains: list[Domain], max_fraction: f
                 )
             )
     for domain in domains:
-        total = getattr(domain, f"{role.removesuffix('s')}_rows")
+        total = getattr(domain, f"{source.removesuffix('s')}_rows")
         mine = Counter({reason: n for (number, reason), n in counts.items() if number == domain.number})
         if mine.total() > max_fraction * total:
             row = first[domain.number]

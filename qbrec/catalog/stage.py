@@ -2,6 +2,7 @@
 
 read ids → check → encode (Ray Data) → exchange by item hash → items-*.tar, items.arrow, hashes.npy
 read interactions → look up rows → exchange by user hash → histories-*.tar, users.arrow, train_counts.npy
+histories → items that the same users bought → near_duplicates.npy, and where asked for one item of each group
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from qbrec.catalog.build_histories import build_histories
 from qbrec.catalog.build_items import build_items
 from qbrec.catalog.contract import read_contract
+from qbrec.catalog.near_duplicates import build_near_duplicates
 from qbrec.catalog.units import ray_errors
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
@@ -39,10 +41,18 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     with ray_errors():
         items = build_items(ctx, config, domains, writer)
         reasons, facts = build_histories(ctx, config, domains, writer, items)
+        names = [domain.name for domain in domains]
+        facts |= build_near_duplicates(
+            ctx,
+            config,
+            writer,
+            domains=names,
+            num_interactions=facts["num_interactions"],
+        )
     counted = {"items": items.rejected, "interactions": reasons}
     meta = items.meta | facts
     meta |= {
-        "domains": [domain.name for domain in domains],
+        "domains": names,
         "target_domain": config.data.target_domain,
         "rejected": {
             f"{role}: {reason}": count

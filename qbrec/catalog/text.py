@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -30,13 +32,11 @@ WORD_SHARE = 0.7  # of a text's squared length that words may hold is 0.7²; cha
 MAX_FEATURES = 32_768  # n-grams with a learnt direction
 SAMPLE_TEXTS = 16_384  # texts the projection is fitted on
 TAIL_WEIGHT = 0.3  # of n-grams without a learnt direction, beside a mean text's length of 1
+_REPEATED = 0.8  # share of distinct texts below which each is encoded once
 _SKETCH = 4  # dimensions one such n-gram touches
 _OVERSAMPLE = 16
-FIELDS = (
-    "title",
-    "description",
-    "labels",
-)  # feature tokens of an item, in this order; labels: categories and brand
+# Feature tokens of an item, in this order; labels: categories and brand, attributes: further columns.
+FIELDS = ("title", "description", "labels", "attributes")
 
 
 def document_frequencies(texts: pa.Array) -> NDArray[np.int64]:
@@ -50,7 +50,7 @@ class HashedNgramEncoder:
     """Texts to unit vectors.
 
     Attributes:
-        idf: Inverse document frequency of every bucket by field, float32 [3, NUM_BUCKETS]. Each has its own,
+        idf: Inverse document frequency of every bucket by field, float32 [F, NUM_BUCKETS]. Each has its own,
             because a category's name would otherwise look too common to matter in a title.
         features: Buckets with a learnt direction, ascending, int64 [F].
         projection: Their directions, float16 [F, dim] (computed with in float32).
@@ -67,6 +67,16 @@ class HashedNgramEncoder:
         """Width of the vectors."""
         return int(self.projection.shape[1])
 
+    @cached_property
+    def _directions(self) -> Floats:
+        return self.projection.astype(np.float32)
+
+    @cached_property
+    def _place(self) -> NDArray[np.int32]:
+        place = np.full(NUM_BUCKETS, -1, dtype=np.int32)
+        place[self.features] = np.arange(len(self.features), dtype=np.int32)
+        return place
+
     @classmethod
     def fit(
         cls,
@@ -82,8 +92,8 @@ class HashedNgramEncoder:
 
         Args:
             frequencies: Texts of each field that hold each bucket, over the whole catalogue,
-                int64 [3, NUM_BUCKETS].
-            num_texts: Non-empty texts of each field in the catalogue, int64 [3].
+                int64 [F, NUM_BUCKETS] (F fields).
+            num_texts: Non-empty texts of each field in the catalogue, int64 [F].
             sample: Distinct normalised texts to learn directions from.
             field: The field they come from.
             dim: Width of the vectors.
@@ -107,14 +117,19 @@ class HashedNgramEncoder:
 
     def encode(self, texts: pa.Array, *, field: str) -> Floats:
         """Unit vectors of n normalised texts of one field, float32 [n, dim]; zeros for an empty text."""
+        if not pc.any(pc.not_equal(texts, "")).as_py():
+            return np.zeros((len(texts), self.dim), dtype=np.float32)
+        distinct = texts.dictionary_encode()
+        if len(distinct.dictionary) < _REPEATED * len(texts):  # labels are much the same all over a shop
+            vectors = self.encode(distinct.dictionary, field=field)
+            return np.asarray(vectors[np.asarray(distinct.indices)], dtype=np.float32)
         weighted = _tfidf(texts, self.idf[FIELDS.index(field)])
-        learnt = np.zeros(NUM_BUCKETS, dtype=bool)
-        learnt[self.features] = True
-        rare = weighted.copy()
-        rare.data = np.where(learnt[rare.indices], np.float32(0), rare.data)
-        rare.eliminate_zeros()
-        vectors = (weighted[:, self.features] @ self.projection.astype(np.float32)) * np.float32(self.scale)
-        vectors += np.float32(TAIL_WEIGHT) * _sketch(rare, self.dim)
+        place = self._place[weighted.indices]
+        learnt = place >= 0
+        vectors = _only(weighted, learnt, place, len(self.features)) @ self._directions
+        vectors *= np.float32(self.scale)
+        rare = _only(weighted, ~learnt, weighted.indices, NUM_BUCKETS)
+        vectors += np.float32(TAIL_WEIGHT) * (rare @ _sketch(self.dim)).toarray()
         length = np.sqrt(np.square(vectors).sum(axis=1, keepdims=True))
         return np.asarray(vectors / np.maximum(length, 1e-12), dtype=np.float32)
 
@@ -179,20 +194,23 @@ def _orthonormal(tall: Floats) -> Floats:
     return np.asarray(wide @ (vectors[:, kept] / np.sqrt(values[kept])), dtype=np.float32)
 
 
-def _sketch(weighted: sparse.csr_matrix, dim: int) -> Floats:
+def _only(
+    weighted: sparse.csr_matrix, kept: NDArray[np.bool_], columns: NDArray[np.int32], width: int
+) -> sparse.csr_matrix:
+    """The `kept` entries of a sparse matrix, moved to other columns."""
+    before = np.concatenate([[0], np.cumsum(kept)]).astype(np.int32)
+    parts = (weighted.data[kept], columns[kept], before[weighted.indptr])
+    return sparse.csr_matrix(parts, shape=(weighted.shape[0], width))
+
+
+@lru_cache(maxsize=2)
+def _sketch(dim: int) -> sparse.csr_matrix:
     """Sparse random projection of every bucket: four dimensions with a sign, from the hash of the bucket."""
-    columns, inverse = np.unique(weighted.indices, return_inverse=True)
-    counter = columns.astype(np.uint64)[:, None] * np.uint64(_SKETCH)
-    draws = mix64(np.asarray(counter + np.arange(_SKETCH, dtype=np.uint64), dtype=np.uint64))
+    draws = mix64(np.arange(NUM_BUCKETS * _SKETCH, dtype=np.uint64))
     places = ((draws >> np.uint64(32)) % np.uint64(dim)).astype(np.int32)
     signs = np.where(draws & np.uint64(1), np.float32(0.5), np.float32(-0.5))
-    table = sparse.csr_matrix(
-        (signs.ravel(), places.ravel(), np.arange(0, places.size + 1, _SKETCH)), shape=(len(columns), dim)
-    )
-    compact = sparse.csr_matrix(
-        (weighted.data, inverse.astype(np.int32), weighted.indptr), shape=(weighted.shape[0], len(columns))
-    )
-    return np.asarray((compact @ table).toarray(), dtype=np.float32)
+    starts = np.arange(0, len(draws) + 1, _SKETCH, dtype=np.int32)
+    return sparse.csr_matrix((signs, places, starts), shape=(NUM_BUCKETS, dim))
 
 
 __all__ = ["FIELDS", "SAMPLE_TEXTS", "HashedNgramEncoder", "document_frequencies", "normalise"]

@@ -44,6 +44,22 @@ def num_workers_option(function: Function) -> Function:
     )(function)
 
 
-def with_workers(overrides: tuple[str, ...], workers: int | None) -> tuple[str, ...]:
-    """Overrides with `--workers` written out."""
-    return overrides if workers is None else (*overrides, f"compute.num_workers={workers}")
+def collapse_option(function: Function) -> Function:
+    """`--collapse-duplicates`, short for --set catalog.duplicates.collapse=both."""
+    return click.option(
+        "--collapse-duplicates",
+        is_flag=True,
+        help="Keep one item of each group of near-duplicates. Short for --set "
+        "catalog.duplicates.collapse=both.",
+    )(function)
+
+
+def with_flags(
+    overrides: tuple[str, ...], *, workers: int | None, collapse_duplicates: bool
+) -> tuple[str, ...]:
+    """Overrides with `--workers` and `--collapse-duplicates` written out."""
+    if workers is not None:
+        overrides = (*overrides, f"compute.num_workers={workers}")
+    if collapse_duplicates:
+        overrides = (*overrides, "catalog.duplicates.collapse=both")
+    return overrides

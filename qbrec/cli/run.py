@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import click
 
-from qbrec.cli.options import config_options, num_workers_option, resume_option, with_workers
+from qbrec.cli.options import collapse_option, config_options, num_workers_option, resume_option, with_flags
 
 
 @click.command()
 @config_options
 @num_workers_option
+@collapse_option
 @resume_option
-def run(config_path: str | None, overrides: tuple[str, ...], workers: int | None, resume: str) -> None:
+def run(
+    config_path: str | None,
+    overrides: tuple[str, ...],
+    workers: int | None,
+    collapse_duplicates: bool,
+    resume: str,
+) -> None:
     """Catalog, fusion, quantizer, pretraining, fine-tuning, evaluation, registration, report.
 
     Stages that are up to date are skipped; one that was cut off goes on from its last checkpoint. It ends
@@ -21,13 +28,15 @@ def run(config_path: str | None, overrides: tuple[str, ...], workers: int | None
     Examples:
       qbrec run --config launch/quickstart.yaml
       qbrec run --config shop.yaml --set run.name=shop-2 --set fusion.width=128
+      qbrec run --config shop.yaml --set run.name=shop-3 --collapse-duplicates
       torchrun --nproc-per-node 2 -m qbrec run --config shop.yaml
     """
     from qbrec.config import load_config
     from qbrec.errors import RegistryError
     from qbrec.pipeline import Pipeline
 
-    config = load_config(config_path, overrides=with_workers(overrides, workers))
+    overrides = with_flags(overrides, workers=workers, collapse_duplicates=collapse_duplicates)
+    config = load_config(config_path, overrides=overrides)
     with Pipeline(config, resume=resume) as pipeline:
         evaluation = pipeline.up_to("evaluation")
         if not pipeline.is_main:

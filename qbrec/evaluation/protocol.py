@@ -61,7 +61,7 @@ class TestSet:
 
         Args:
             histories: Histories of the target domain.
-            allowed: Items of the target domain, bool [N].
+            allowed: Items of the target domain that may be recommended, bool [N].
             train_counts: Interactions of each item in the training part, [N].
             max_users: Users drawn at random with `seed`; 0: all.
             seed: Of that draw.

@@ -3,7 +3,9 @@
 Layout (a cell is `{"mean", "low", "high"}` with the ends of a 95 % bootstrap interval over users; mode is
 `removed` or `kept`, for seen items; metric is one of `ranking.METRICS`):
 
-    protocol   {"domain", "split", "num_users", "num_candidates", "bootstrap", "confidence"}
+    protocol   {"domain", "split", "num_users", "num_candidates", "duplicate_share", "bootstrap",
+               "confidence"}; duplicate_share: of the users, with a near-duplicate of their target in the
+               history
     models     {model: {mode: {metric: cell}}}
     paired     {baseline: {mode: {metric: cell}}}     qbrec minus the baseline, per user
     slices     {slice: {"num_users", "models": as above, "paired": as above}}    empty where nobody is in it

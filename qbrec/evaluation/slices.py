@@ -12,12 +12,13 @@ SHORT_HISTORY = 5
 
 
 def test_slices(
-    test: TestSet, *, train_counts: NDArray[np.int64], duplicate_group: NDArray[np.int64]
+    test: TestSet, *, train_counts: NDArray[np.int64], near_duplicate_group: NDArray[np.int64]
 ) -> dict[str, NDArray[np.bool_]]:
     """Membership of every test user in every slice.
 
     - `all`;
-    - `non_duplicate`: no item of the history has the content of the target (a copied listing gives it away);
+    - `non_duplicate`: no item of the history is a near-duplicate of the target (equal content, or bought by
+      the same users: a copied listing gives it away);
     - `cold`: the target never occurs in the training part;
     - `head`, `tail`: the target is among the most popular fifth of the candidates, or not;
     - `short`, `long`: at most five items before the target, or more.
@@ -25,12 +26,12 @@ def test_slices(
     Args:
         test: Users and targets.
         train_counts: Interactions of each item in the training part, [N].
-        duplicate_group: Content group of each item, [N].
+        near_duplicate_group: First row of the near-duplicates of each item, [N].
 
     Returns:
         bool [B] by name.
     """
-    groups = np.asarray(duplicate_group)
+    groups = np.asarray(near_duplicate_group)
     owner = test.contexts.row_ids
     same = groups[test.contexts.values] == groups[test.targets][owner]
     duplicates = np.bincount(owner[same], minlength=len(test)) > 0

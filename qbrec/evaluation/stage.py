@@ -42,7 +42,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     catalog = CatalogView(inputs["catalog"])
     histories = catalog.load_histories(domain)
     counts = np.asarray(catalog.train_counts)
-    allowed = np.asarray(catalog.domain_mask(domain))
+    allowed = catalog.candidates(domain)
     test = TestSet.build(
         histories,
         allowed=allowed,
@@ -69,7 +69,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
             scorer, test, batch_users=config.evaluation.batch_users, on_batch=progress.update
         )
         progress.close()
-    slices = test_slices(test, train_counts=counts, duplicate_group=np.asarray(catalog.duplicate_group))
+    slices = test_slices(test, train_counts=counts, near_duplicate_group=catalog.near_duplicate_group)
     metrics = summarise(
         ranks, slices, resamples=config.evaluation.bootstrap, seed=ctx.sub_seed("evaluation/bootstrap")
     )
@@ -79,6 +79,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         "split": config.catalog.split,
         "num_users": len(test),
         "num_candidates": int(allowed.sum()),
+        "duplicate_share": float(1 - slices["non_duplicate"].mean()),
         "bootstrap": config.evaluation.bootstrap,
         "confidence": CONFIDENCE,
     }

@@ -44,7 +44,8 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     duplicates = metrics["slices"]["non_duplicate"]["models"]
     if duplicates:
         values = "   ".join(f"{m} {_number(duplicates[m]['removed']['ndcg@10']['mean'])}" for m in models)
-        lines.append(f"NDCG@10 without users who saw a duplicate of their target: {values}")
+        share = f"{protocol['duplicate_share']:.1%} of the users saw a near-duplicate of their target"
+        lines += [f"{share}; NDCG@10 of the others:", f"  {values}"]
     if metrics["paired"]:
         lines.append(f"vs: {MODEL} minus that model, paired by user; * the interval excludes 0")
     return "\n".join(lines)

@@ -24,7 +24,14 @@ FORMAT_VERSION = 1
 
 # What recommending reads; `evaluation` is there for the gate, which compares two versions user by user.
 PARTS: dict[str, tuple[str, ...]] = {
-    "catalog": ("items.arrow", "hashes.npy", "item_domain.npy", "train_counts.npy"),
+    "catalog": (
+        "items.arrow",
+        "hashes.npy",
+        "item_domain.npy",
+        "train_counts.npy",
+        "retired.npy",
+        "representatives.npy",
+    ),
     "quantizer": ("semantic_ids.npy", "codebooks.safetensors", "labels.json", "quality.json"),
     "finetune": ("encoder.safetensors", "encoder.json", *BONUS_FILES),
     "evaluation": ("metrics.json", "ranks.parquet"),

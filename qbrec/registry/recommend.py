@@ -59,7 +59,7 @@ class Recommender:
         self._catalog, self._ids, self._labels, self._scorer = catalog, semantic_ids, labels, scorer
         self.domain = domain
         self._domain_index = catalog.domain_number(domain)
-        self._allowed = np.asarray(catalog.domain_mask(domain))
+        self._allowed = catalog.candidates(domain)
         self._tie_rank = tie_rank(catalog.train_counts)
         self.num_candidates = int(self._allowed.sum())
 
@@ -203,7 +203,7 @@ class Recommender:
                 if near
                 else "use item ids of the catalogue that was trained on",
             )
-        return rows
+        return self._catalog.representatives(rows)
 
     def _nearest(self, unknown: str) -> list[str]:
         """Up to three known ids that look like it; in large catalogues among those of the same beginning."""

@@ -55,7 +55,7 @@ def fit_bonus(
         neighbours,
         batches,
         tie_rank=tie_rank(np.asarray(catalog.train_counts)),
-        allowed=catalog.domain_mask(target),
+        allowed=catalog.candidates(target),
         all_reduce=ctx.all_reduce,
         device=ctx.device,
     )

@@ -111,7 +111,7 @@ def _run(
 ) -> Artifact:
     semantic_ids = inputs["quantizer"].load_npy("semantic_ids.npy")
     seed = ctx.sub_seed(f"{ctx.stage}/masks")
-    pool = np.arange(catalog.num_items) if domain is None else np.flatnonzero(catalog.item_domain == domain)
+    pool = np.flatnonzero(catalog.candidates(None if domain is None else catalog.domains[domain]))
     task = MaskedTask(
         module,
         semantic_ids=semantic_ids,
@@ -178,6 +178,7 @@ def history_loader(
         collate=collate,
         fields=HISTORY_FIELDS,
         select=select,
+        pin=ctx.device.type == "cuda",
     )
 
 
@@ -194,7 +195,7 @@ def _evaluator(
     """Validation metrics of the very scorer that will serve, on the target domain, shared among the ranks."""
     target = config.data.target_domain
     histories = catalog.load_histories(target)
-    allowed = catalog.domain_mask(target)
+    allowed = catalog.candidates(target)
     ties = tie_rank(np.asarray(catalog.train_counts))
 
     def evaluate(module: nn.Module) -> Mapping[str, float]:

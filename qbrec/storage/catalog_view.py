@@ -81,6 +81,18 @@ class CatalogView:
         return self.artifact.load_npy("duplicates.npy")
 
     @cached_property
+    def near_duplicate_group(self) -> NDArray[np.int64]:
+        """First row of those of equal content or bought by the same users, for each row, int64 [N]."""
+        return self.artifact.load_npy("near_duplicates.npy")
+
+    @cached_property
+    def retired(self) -> NDArray[np.bool_]:
+        """Rows that are kept but not recommended, bool [N]; a catalogue without any has no such file."""
+        if self.artifact.has("retired.npy"):
+            return self.artifact.load_npy("retired.npy")
+        return np.zeros(self.num_items, dtype=bool)
+
+    @cached_property
     def item_domain(self) -> NDArray[np.uint8]:
         """Domain number of each row, uint8 [N]."""
         return self.artifact.load_npy("item_domain.npy")
@@ -102,6 +114,22 @@ class CatalogView:
     def domain_mask(self, domain: str) -> NDArray[np.bool_]:
         """Which rows belong to a domain, bool [N]."""
         return np.asarray(self.item_domain == self.domain_number(domain))
+
+    def candidates(self, domain: str | None = None) -> NDArray[np.bool_]:
+        """Rows that may be recommended: those of a domain (None: of all) that are not retired, bool [N].
+
+        Raises:
+            DataError: There is no such domain.
+        """
+        live = ~np.asarray(self.retired)
+        return live if domain is None else live & self.domain_mask(domain)
+
+    def representatives(self, rows: Rows) -> NDArray[np.int64]:
+        """For each row the one that histories hold in its place: its own, where nothing was collapsed."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if not self.artifact.has("representatives.npy"):
+            return rows
+        return np.asarray(self.artifact.load_npy("representatives.npy")[rows])
 
     def item_ids(self, rows: Rows) -> list[str]:
         """Item ids of rows, in their order."""

@@ -14,10 +14,9 @@ import pytest
 from qbrec.catalog.contract import Domain, read_contract
 from qbrec.catalog.sources import list_files, source_fingerprint
 from qbrec.catalog.units import cut_units, read_unit
-from qbrec.config.sections import CatalogConfig, DataConfig, DomainConfig, ImageConfig
+from qbrec.config.sections import CatalogConfig, DataConfig, DomainConfig, ImageConfig, TextConfig
 from qbrec.errors import ConfigError, DataError
-from qbrec.storage.artifact import ArtifactStore
-from qbrec.storage.hashing import hash64, rows_of
+from qbrec.storage.hashing import rows_of
 
 ITEMS_TABLE = {"item_id": ["a", "b", "c"], "title": ["x", "y", "z"]}
 INTERACTIONS = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": [1, 2]}
@@ -103,6 +102,8 @@ def test_a_missing_column(tmp_path: Path, column: str) -> None:
         ("title", [1, 2, 3], "title"),
         ("categories", ["a", "b", "c"], "list<string>"),
         ("image", ["a", "b", "c"], "binary"),
+        ("image", [["a"], ["b"], ["c"]], "list<binary>"),
+        ("image_path", [b"a", b"b", b"c"], "list<string>"),
         ("text_embedding", ["a", "b", "c"], "list of floats"),
         ("text_embedding", [[1], [2], [3]], "list of floats"),
         ("structure_embedding", [[1.0], [2.0], [3.0]], "structure"),
@@ -152,6 +153,39 @@ def test_image_paths_need_allowed_folders(tmp_path: Path) -> None:
         read_contract(data, CatalogConfig())
     assert caught.value.where == "catalog.image.roots"
     assert read_contract(data, CatalogConfig(image=ImageConfig(roots=(str(tmp_path),))))
+
+
+def test_hosts_or_roots_allow_image_paths(tmp_path: Path) -> None:
+    data = write(tmp_path, ITEMS_TABLE | {"image_path": [["p"], ["q", "r"], []]})
+    for image in (ImageConfig(roots=("s3://bucket/x",)), ImageConfig(hosts=("cdn.example.com",))):
+        (domain,) = read_contract(data, CatalogConfig(image=image))
+        assert domain.picture_column == "image_path"
+
+
+def test_several_pictures_per_item(tmp_path: Path) -> None:
+    (domain,) = read_contract(write(tmp_path, ITEMS_TABLE | {"image": [[b"p"], [], None]}), CatalogConfig())
+    assert domain.picture_column == "image"
+
+
+def test_attributes_are_further_columns(tmp_path: Path) -> None:
+    config = CatalogConfig(text=TextConfig(attributes=("colour", "pieces")))
+    items = {"item_id": ["a", "b", "c"], "colour": [["r"], None, []], "pieces": [1, 2, 3]}
+    (domain,) = read_contract(write(tmp_path / "a", items), config)
+    assert domain.attributes == ("colour", "pieces")
+    assert domain.encodes_text
+    assert domain.display.names == ["colour", "pieces"]
+    first = write(tmp_path / "b", ITEMS_TABLE, name="b").domains
+    second = write(tmp_path / "c", items, name="c").domains
+    domains = read_contract(DataConfig(domains=first | second), config)
+    assert [domain.attributes for domain in domains] == [(), ("colour", "pieces")]
+    for wanted, word in ((("colour", "size"), "size"), (("title",), "title")):
+        with pytest.raises(ConfigError, match=f"no domain has a further column '{word}'") as caught:
+            read_contract(
+                write(tmp_path / "d", items | ITEMS_TABLE), CatalogConfig(text=TextConfig(attributes=wanted))
+            )
+        assert caught.value.where == "catalog.text.attributes"
+    vectors = items | {"colour": [[1.0], [2.0], [3.0]]}
+    refused(write(tmp_path / "e", vectors), "colour", "list<string>, number", catalog=config)
 
 
 def test_units_cover_every_row_once(tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def test_a_text_is_encoded_the_same_in_any_company() -> None:
     np.testing.assert_allclose(np.linalg.norm(together[:3], axis=1), 1, rtol=1e-5)
 
 
+def test_repeated_texts_are_what_they_are_alone() -> None:
+    texts = clean("red paint", "blue", "red paint", "", "blue", "red paint", "", "blue")
+    encoder = fitted(texts, dim=16)
+    together = encoder.encode(texts, field="labels")
+    for i, text in enumerate(texts):
+        np.testing.assert_array_equal(encoder.encode(pa.array([text]), field="labels")[0], together[i])
+
+
 def test_unseen_wording_still_tells_items_apart() -> None:
     encoder = fitted(clean("red paint", "red brush", "blue paint"), dim=64)
     vectors = encoder.encode(clean("zyxgluon wavicle", "quokka jumble", "zyxgluon wavicle"), field="title")

@@ -74,10 +74,11 @@ def test_draws_users_and_refuses_nobody() -> None:
 
 def test_slices_by_hand() -> None:
     counts = np.array([9, 8, 0, 3, 2, 1, 1, 1, 1, 1])
-    groups = np.array([0, 1, 2, 3, 3, 5, 6, 7, 8, 9])  # 3 and 4 are one content
+    groups = np.array([0, 1, 2, 3, 3, 5, 6, 7, 8, 9])  # 3 and 4 are near-duplicates
     lists = [[0, 4, 3], [0, 1, 2], [5, 6, 7, 8, 9, 4, 1], [4, 5, 0]]
     test = TestSet.build(histories_of(lists), allowed=np.ones(10, bool), train_counts=counts)
-    found = {k: v.tolist() for k, v in slices_of(test, train_counts=counts, duplicate_group=groups).items()}
+    slices = slices_of(test, train_counts=counts, near_duplicate_group=groups)
+    found = {k: v.tolist() for k, v in slices.items()}
     assert found == {
         "all": [True] * 4,
         "non_duplicate": [False, True, True, True],
@@ -167,7 +168,7 @@ def test_summary_means_are_exact_and_intervals_hold_them() -> None:
 def test_table_fits_a_terminal() -> None:
     ranks, slices = example()
     metrics = summarise(ranks, slices, resamples=100, seed=0)
-    metrics["protocol"] = {"domain": "pets", "num_users": 300, "num_candidates": 6000}
+    metrics["protocol"] = {"domain": "pets", "num_users": 300, "num_candidates": 6000, "duplicate_share": 0.1}
     text = format_table(metrics)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 110
@@ -179,3 +180,4 @@ def test_table_fits_a_terminal() -> None:
     alone = summarise({"qbrec": ranks["qbrec"]}, slices, resamples=50, seed=0)
     alone["protocol"] = metrics["protocol"]
     assert "paired" not in format_table(alone)
+    assert "10.0% of the users saw a near-duplicate of their target" in text

@@ -36,7 +36,9 @@ def configured(**evaluation: object) -> RootConfig:
 
 @pytest.fixture
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Artifact]:
-    monkeypatch.setattr(CatalogView, "duplicate_group", property(lambda self: np.arange(self.num_items) // 2))
+    monkeypatch.setattr(
+        CatalogView, "near_duplicate_group", property(lambda self: np.arange(self.num_items) // 2)
+    )
     found = make_inputs(tmp_path)
     torch.manual_seed(0)
     writer = ArtifactStore(tmp_path).writer("finetune", "f" * 64)
@@ -83,6 +85,9 @@ def test_ranks_and_metrics(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
         assert above + 1 <= kept <= level
         assert above + 1 - (seen >= own).sum() <= removed <= level - (seen > own).sum()
         assert fresh == (not np.isin(history // 2, target // 2).any())
+    share = metrics["protocol"]["duplicate_share"]
+    assert share == pytest.approx(1 - np.mean(table["in_non_duplicate"].to_pylist()))
+    assert 0 < share < 1
     values = metrics_of_ranks(table["qbrec_removed"].to_numpy().astype(np.int64))
     for i, metric in enumerate(METRICS):
         assert metrics["models"]["qbrec"]["removed"][metric]["mean"] == pytest.approx(values[:, i].mean())
@@ -111,3 +116,21 @@ def test_configuration_matters(tmp_path: Path, inputs: dict[str, Artifact]) -> N
     )
     tables = [pq.read_table(a.file("ranks.parquet")) for a in (found, other)]
     assert tables[0]["popularity_removed"].equals(tables[1]["popularity_removed"])
+
+
+def test_retired_items_are_no_candidates(
+    tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(baselines=("popularity",))
+    whole = evaluate(tmp_path, config, inputs, key="a")
+    popular = np.argsort(-np.asarray(CatalogView(inputs["catalog"]).train_counts)[ITEMS:])[:5] + ITEMS
+    monkeypatch.setattr(
+        CatalogView, "retired", property(lambda self: np.isin(np.arange(self.num_items), popular))
+    )
+    found = evaluate(tmp_path, config, inputs, key="b")
+    assert found.load_json("metrics.json")["protocol"]["num_candidates"] == ITEMS - 5
+    before, after = (pq.read_table(a.file("ranks.parquet")) for a in (whole, found))
+    live = ~np.isin(before["target_row"], popular)
+    gained = before["popularity_kept"].to_numpy() - after["popularity_kept"].to_numpy()
+    assert (gained[live] >= 0).all()
+    assert (gained[live] == 5).any()
