@@ -8,7 +8,7 @@ ratio, the rival's time / ours, is taken within a pass, where both met the same 
 passes of all rounds is reported. The block tars are flushed to the disk while they are written, the rivals'
 files are not. The last line is JSON.
 
-    python benchmarks/shards.py [--items 20000] [--rounds 3] [--passes 7] [--width 768] [--block-bytes N]
+    python benchmarks/shards.py [--items 40000] [--rounds 3] [--passes 7] [--width 768] [--block-bytes N]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
 
+from qbrec.config.sections import CatalogConfig
 from qbrec.storage.blocks import BlockSet, BlockTarWriter, write_block_index
 from qbrec.storage.loader import BatchLoader
 
@@ -217,11 +218,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--items", type=int, default=20_000)
+    parser.add_argument("--items", type=int, default=40_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--block-bytes", type=int, default=2 << 20)
+    parser.add_argument("--block-bytes", type=int, default=CatalogConfig().block_bytes)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qbrec-shards-") as directory:
         result = run(

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qbrec.config import RootConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.run_record import RunRecord, run_directory
 from qbrec.stages import STAGES, Stage
-from qbrec.storage.artifact import Artifact, ArtifactStore
+from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore
+
+if TYPE_CHECKING:
+    from qbrec.engine.progress import Progress
 
 
 class Pipeline:
@@ -38,7 +41,7 @@ class Pipeline:
         self.config = config.model_copy(
             update={"run": config.run.model_copy(update={"storage": str(storage)})}
         )
-        self.store = ArtifactStore(storage)
+        self.store = ArtifactStore(storage, remote=config.run.remote, progress=_meter)
         self.run_dir = run_directory(self.config)
         self.artifacts: dict[str, Artifact] = {}
         self._resume = resume
@@ -55,6 +58,7 @@ class Pipeline:
         self._torchrun = torchrun
         with self._on_main():
             if self._main:
+                self.store.prepare()
                 self.record = RunRecord.own(self.config, resume=self._resume)
                 self.tracker = Tracker(self.config, self.run_dir)
         return self
@@ -84,14 +88,13 @@ class Pipeline:
     def _bring(self, stage: Stage) -> None:
         inputs = {name: self.artifacts[name] for name in stage.inputs}
         if not self._sources:
-            from qbrec.catalog.sources import source_fingerprint
-
-            self._sources = source_fingerprint(self.config.data)
+            self._sources = self._fingerprint()
         key = stage.key(self.config, inputs=inputs, sources=self._sources)
-        found = self.store.find(stage.name, key)
+        found = self._find(stage.name, key)
         if found is not None:
             found.verify()
             if self._main:
+                self.store.publish(found)
                 say(f"✓ {stage.name:<11} up to date  {_short(found.path)}")
                 self.tracker.reused(stage.name, found)
                 self.record.stages.setdefault(stage.name, {"seconds": 0.0})
@@ -134,6 +137,10 @@ class Pipeline:
                         run_order(order, alone=True)
             found = self.store.find(stage.name, key)
             assert found is not None, f"stage {stage.name} ended without its artifact"
+            if self._main:
+                if not stage.inputs:
+                    self._check_sources(found)
+                self.store.publish(found)
             if record is not None:
                 record.complete(found)
         if self._main:
@@ -143,6 +150,31 @@ class Pipeline:
             # What a finished stage would resume from is of no more use.
             shutil.rmtree(self.run_dir / "checkpoints" / stage.name, ignore_errors=True)
         return found
+
+    def _find(self, kind: str, key: str) -> Artifact | None:
+        """The same answer on every rank: rank 0 alone asks the remote home, the others see its cache."""
+        found = None
+        with self._on_main():
+            if self._main:
+                found = self.store.find(kind, key)
+        return found if self._main else self.store.find_again(kind, key)
+
+    def _fingerprint(self) -> str:
+        """Identity of all that the catalogue reads: the input's files and local encoders."""
+        from qbrec.catalog.models import local_models
+        from qbrec.catalog.sources import source_fingerprint
+
+        return source_fingerprint(self.config.data, models=local_models(self.config.catalog))
+
+    def _check_sources(self, catalog: Artifact) -> None:
+        """Refuse a catalogue whose input changed while it was read: its key speaks of the earlier files."""
+        if self._fingerprint() != self._sources:
+            (catalog.path / MANIFEST).unlink()
+            raise DataError(
+                "the input changed while the catalogue was built",
+                where="data.domains",
+                fix="leave the files alone and run the same command again: it is built anew",
+            )
 
     @contextmanager
     def _on_main(self) -> Iterator[None]:
@@ -187,6 +219,12 @@ def finished_artifacts(config: RootConfig) -> dict[str, Artifact]:
 def say(text: str, **style: Any) -> None:
     """One line for the person watching."""
     print(text, file=sys.stderr, flush=True, **style)
+
+
+def _meter(total: int, label: str) -> Progress:
+    from qbrec.engine.progress import Progress  # brings torch along
+
+    return Progress(total, label)
 
 
 def _short(path: Path) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.support.s3_server import ENVIRONMENT, FaultProxy, fault_proxy, free_port, s3_server
 
 TESTS = Path(__file__).parent
 MARKS = {
@@ -19,6 +22,10 @@ MARKS = {
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# No test asks a real store; workers that are started at any time find the local one, once a test needs it.
+os.environ |= ENVIRONMENT
+S3_PORT = free_port()
+os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{S3_PORT}"
 # The first example of a property pays for imports, and CI machines stall: deadlines only make noise.
 settings.register_profile("qbrec", deadline=None)
 settings.load_profile("qbrec")
@@ -38,6 +45,20 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def s3_proxy() -> Iterator[FaultProxy]:
+    """A local S3 behind a proxy that can make requests fail, at the endpoint of the environment."""
+    with s3_server() as server, fault_proxy(server, port=S3_PORT) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def s3(s3_proxy: FaultProxy) -> FaultProxy:
+    """The same, with no faults planned."""
+    s3_proxy.reset()
+    return s3_proxy
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from qbrec.catalog.build_items import BuiltItems
 from qbrec.catalog.contract import Domain
 from qbrec.catalog.exchange import exchange, group_size, reduce
 from qbrec.catalog.histories import INTERACTION_BYTES, HistoryJob, ReadJob, count_users
-from qbrec.catalog.parts import join_parts, new_array
+from qbrec.catalog.parts import block_size, join_parts, new_array
 from qbrec.catalog.units import INTERACTION_UNIT_ROWS, cut_units
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
@@ -71,7 +71,8 @@ def build_histories(
             fix="see rejected/interactions.parquet",
         )
     starts = _starts(np.concatenate(spans), len(domains), catalog.validation_fraction, catalog.test_fraction)
-    job = HistoryJob(directory, catalog, first_user, starts, names, reference)
+    block_bytes = block_size(catalog.block_bytes, total * INTERACTION_BYTES)
+    job = HistoryJob(directory, catalog, first_user, starts, names, reference, block_bytes)
     both = [mine + users for mine, users in zip(parts[:partitions], parts[partitions:], strict=True)]
     del parts
     counts = new_array(directory, "train_counts", np.int64, len(items.hashes))

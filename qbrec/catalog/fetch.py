@@ -12,9 +12,9 @@ from typing import TypeVar
 import pyarrow.fs as pafs
 
 from qbrec.catalog.image import BadImageError
-from qbrec.catalog.sources import filesystem
 from qbrec.catalog.web import WebFetcher
 from qbrec.config.sections import ImageConfig
+from qbrec.storage.filesystem import filesystem
 
 STORES = ("s3", "gs")
 T = TypeVar("T")

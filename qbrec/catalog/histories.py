@@ -136,6 +136,7 @@ class HistoryJob:
         starts: For split global_time: by domain, when validation and test begin, int64 [domains, 2].
         domain_names: Name of every domain, by number.
         hashes: Item hashes, sorted (or their reference in Ray's object store).
+        block_bytes: About how large a block is.
     """
 
     directory: Path
@@ -144,6 +145,7 @@ class HistoryJob:
     starts: Ints
     domain_names: tuple[str, ...]
     hashes: Any
+    block_bytes: int
 
     def write(self, partition: int, tables: list[pa.Table]) -> dict[str, Any] | None:
         """Write `histories-<partition>.tar` and its part of users.arrow.
@@ -217,7 +219,7 @@ class HistoryJob:
     ) -> NDArray[Any]:
         size = np.cumsum(np.diff(offset) * 16 + 25)  # bytes of all users up to this one
         # No more blocks than there are numbers reserved for a shard.
-        block = (size - 1) // max(self.config.block_bytes, -(-int(size[-1]) // (BLOCKS_PER_SHARD - 1)))
+        block = (size - 1) // max(self.block_bytes, -(-int(size[-1]) // (BLOCKS_PER_SHARD - 1)))
         bounds = np.concatenate([[0], np.flatnonzero(np.diff(block)) + 1, [len(number)]])
         writer = BlockTarWriter(self.directory, prefix="histories", first_shard=shard, shard_bytes=1 << 62)
         with writer:

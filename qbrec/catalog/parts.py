@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+MIN_BLOCKS = 64  # of a catalogue that fills so many of a megabyte
+
 
 def write_part(table: pa.Table, path: Path) -> None:
     """Write a task's part of an Arrow file; a task that runs again writes the same."""
@@ -51,3 +53,8 @@ def new_array(directory: Path, name: str, dtype: Any, length: int) -> NDArray[An
     with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
+
+
+def block_size(block_bytes: int, total: int) -> int:
+    """Bytes of a block where all hold `total`: large ones read fastest, but ranks share whole blocks."""
+    return min(block_bytes, max(total // MIN_BLOCKS, 1 << 20))

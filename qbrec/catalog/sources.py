@@ -5,16 +5,17 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from qbrec.config.sections import DataConfig
 from qbrec.errors import ConfigError, DataError
-
-SCHEMES = ("s3", "gs", "file")
+from qbrec.storage.filesystem import filesystem, is_remote, retried
+from qbrec.storage.remote_input import RemoteInput
 
 
 @dataclass(frozen=True)
@@ -24,25 +25,6 @@ class SourceFile:
     path: str
     size: int
     mtime_ns: int
-
-
-def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a path or URI, and the path inside it.
-
-    Raises:
-        ConfigError: The scheme is not one of `SCHEMES`.
-    """
-    scheme, separator, _ = path.partition("://")
-    if not separator:
-        return pafs.LocalFileSystem(), os.path.abspath(path)
-    if scheme not in SCHEMES:
-        raise ConfigError(
-            f"cannot read from {scheme}://",
-            where=path,
-            fix=f"use a local path or one of {', '.join(SCHEMES)}://",
-        )
-    found: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(path)
-    return found
 
 
 def list_files(place: str, *, where: str) -> list[SourceFile]:
@@ -60,18 +42,16 @@ def list_files(place: str, *, where: str) -> list[SourceFile]:
     parts = path.split("/")
     wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
     base = path if wild is None else "/".join(parts[:wild]) or "/"
-    try:
+
+    def listed() -> tuple[pafs.FileInfo, list[pafs.FileInfo]]:
         top = fs.get_file_info(base)
         if wild is None and top.type == pafs.FileType.File:
-            infos = [top]
-        elif top.type == pafs.FileType.Directory:
-            infos = fs.get_file_info(pafs.FileSelector(base, recursive=True))
-        else:
-            infos = []
-    except OSError as error:
-        raise DataError(
-            f"cannot list the input: {error}", where=f"{where}: {place}", fix="check access"
-        ) from error
+            return top, [top]
+        if top.type == pafs.FileType.Directory:
+            return top, fs.get_file_info(pafs.FileSelector(base, recursive=True))
+        return top, []
+
+    top, infos = retried(listed, doing="list the input", place=f"{where}: {place}")
 
     def wanted(info: pafs.FileInfo) -> bool:
         segments = info.path.split("/")
@@ -100,8 +80,11 @@ def open_parquet(path: str) -> pq.ParquetFile:
     Raises:
         DataError: It cannot be read, or is no Parquet.
     """
-    fs, inner = filesystem(path)
     try:
+        if is_remote(path):
+            # Ranges that lie close together become one request.
+            return pq.ParquetFile(pa.PythonFile(RemoteInput(path), mode="r"), pre_buffer=True)
+        fs, inner = filesystem(path)
         return pq.ParquetFile(fs.open_input_file(inner))
     except OSError as error:
         raise DataError(
@@ -115,8 +98,12 @@ def open_parquet(path: str) -> pq.ParquetFile:
         ) from error
 
 
-def source_fingerprint(data: DataConfig) -> str:
+def source_fingerprint(data: DataConfig, *, models: Mapping[str, str]) -> str:
     """Identity of the raw input: SHA-256 over domain, role, path, size and modification time of every file.
+
+    Args:
+        data: The domains.
+        models: Hashes of the encoders that are local folders (`models.local_models`).
 
     Raises:
         DataError: A place names no file.
@@ -128,7 +115,7 @@ def source_fingerprint(data: DataConfig) -> str:
             where="data.domains",
             fix="name items and interactions of one domain at least",
         )
-    lines = []
+    lines: list[list[str | int]] = [["encoder", section, found] for section, found in sorted(models.items())]
     for name, domain in sorted(data.domains.items()):
         for role, place in (("items", domain.items), ("interactions", domain.interactions)):
             for file in list_files(place, where=f"data.domains.{name}.{role}"):

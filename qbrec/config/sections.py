@@ -137,7 +137,7 @@ class CatalogConfig(Section):
     structure_depth: Positive = 6  # category-path prefixes kept, root first
     duplicates: DuplicatesConfig = DuplicatesConfig()
     shard_bytes: Positive = 256 << 20  # about; of a tar of items or histories
-    block_bytes: Positive = 1 << 20
+    block_bytes: Positive = 4 << 20  # about; smaller where the catalogue would have few blocks
 
 
 class ComputeConfig(Section):

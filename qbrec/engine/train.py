@@ -16,7 +16,7 @@ from qbrec.engine.checkpoint import load_latest, load_weights, save_checkpoint
 from qbrec.engine.context import StageContext
 from qbrec.engine.ds_engine import start_engine
 from qbrec.engine.state import read_moments, read_weights, write_state
-from qbrec.errors import QbrecError
+from qbrec.errors import CheckpointError, QbrecError
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 _LOG_EVERY = 20  # optimiser steps
@@ -42,6 +42,11 @@ class Loader(Protocol):
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one epoch."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the data and of its order in steps: a run only goes on in the order it began in."""
         ...
 
     def iterate(self, epoch: int, *, start: int = 0) -> Iterable[Sequence[Any]]:
@@ -98,7 +103,8 @@ def train(
 
     Raises:
         QbrecError: The loss is not finite.
-        CheckpointError: Checkpoints exist, and none can be read.
+        CheckpointError: Checkpoints exist, and none can be read, or the newest belongs to other data or
+            another order of it.
     """
     return _Loop(ctx, task, loader, config, evaluate, monitor).run(label)
 
@@ -220,6 +226,7 @@ class _Loop:
             moments=read_moments(self.engine),
             meta={
                 "finished": finished,
+                "data": self.loader.fingerprint,
                 "best_step": self.best_step,
                 "waited": self.waited,
                 "curve": self.result.curve,
@@ -229,6 +236,13 @@ class _Loop:
         )
 
     def _recall(self, meta: Mapping[str, Any]) -> None:
+        if meta.get("data") != self.loader.fingerprint:
+            raise CheckpointError(
+                "the checkpoint belongs to other data or another order of it: its next step is not known",
+                where=f"{self.ctx.checkpoint_dir}, step {meta['step']}",
+                fix="resume with the same catalogue, seed and batch size, or delete that folder to start the "
+                "stage anew",
+            )
         self.step, self.best_step, self.waited = meta["step"], meta["best_step"], meta["waited"]
         self.result.curve = list(meta["curve"])
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,6 +20,7 @@ from torch._C._distributed_c10d import HashStore
 from qbrec.config import RootConfig, parse_config
 from qbrec.engine.context import StageContext
 from qbrec.engine.ds_config import resolve_device
+from qbrec.engine.progress import Progress
 from qbrec.errors import QbrecError
 from qbrec.storage.artifact import ArtifactStore, write_atomic
 
@@ -57,7 +59,9 @@ def run_order(order: Order, *, alone: bool = False) -> str:
         torch.cuda.set_device(device)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     torch.set_num_threads(num_threads(config, world))
-    store = ArtifactStore(order["storage"])
+    shown = Path(order["progress_file"]) if order["progress_file"] else None
+    # Files of a remote home are fetched when they are first touched, here in the worker.
+    store = ArtifactStore(order["storage"], progress=partial(Progress, silent=rank != 0, file=shown))
     ctx = StageContext(
         store=store,
         run_dir=Path(order["run_dir"]),
@@ -70,7 +74,7 @@ def run_order(order: Order, *, alone: bool = False) -> str:
         device=device,
         compute=config.compute,
         recipe=order["recipe"],
-        progress_file=Path(order["progress_file"]) if order["progress_file"] else None,
+        progress_file=shown,
     )
     inputs = {name: store.open(path) for name, path in order["inputs"].items()}
     module, function = order["entry"].split(":")

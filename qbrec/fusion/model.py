@@ -64,13 +64,13 @@ class FusionBatch:
         """The same batch on `device`."""
         return replace(
             self,
-            rows=self.rows.to(device),
-            features={k: v.to(device) for k, v in self.features.items()},
-            tokens={k: v.to(device) for k, v in self.tokens.items()},
-            buckets=self.buckets.to(device),
-            visible=self.visible.to(device),
-            present=self.present.to(device),
-            content=self.content.to(device),
+            rows=self.rows.to(device, non_blocking=True),
+            features={k: v.to(device, non_blocking=True) for k, v in self.features.items()},
+            tokens={k: v.to(device, non_blocking=True) for k, v in self.tokens.items()},
+            buckets=self.buckets.to(device, non_blocking=True),
+            visible=self.visible.to(device, non_blocking=True),
+            present=self.present.to(device, non_blocking=True),
+            content=self.content.to(device, non_blocking=True),
         )
 
 

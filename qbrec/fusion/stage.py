@@ -146,6 +146,7 @@ def _train(
         world=ctx.world,
         collate=Collator(model.modalities, behaviour=plain.behaviour, own_rows=plain.own_rows, dropout=hide),
         fields=fields,
+        pin=ctx.device.type == "cuda",
     )
     # Rows are in hash order, so the first ones are a random sample.
     rows = np.arange(min(items.num_samples, CHUNK), dtype=np.int64)

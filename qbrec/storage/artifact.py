@@ -2,15 +2,13 @@
 
 Layout: `<root>/artifacts/<kind>/<key16>/{files…, manifest.json}`. The key says what may be skipped (it hashes
 the configuration and the fingerprints of the inputs), the fingerprint says what is really there (it hashes
-the files).
+the files). Finished artifacts may have a remote home too; those found there are opened through a cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +18,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbrec.errors import DataError
+from qbrec.storage.atomic import write_atomic
+from qbrec.storage.cache import entry_source, is_complete, set_aside, sweep, write_entry
+from qbrec.storage.filesystem import PATIENCE, Patience
+from qbrec.storage.finished import CREATED, Artifact
+from qbrec.storage.machine import host_name
+from qbrec.storage.remote import MANIFEST, RemoteStore
+from qbrec.storage.transfer import MakeMeter
+from qbrec.storage.verified import REBUILD, Verified, hash_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
+__all__ = [
+    "MANIFEST",
+    "REBUILD",
+    "Artifact",
+    "ArtifactStore",
+    "ArtifactWriter",
+    "artifact_key",
+    "write_atomic",
+]
+
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-REBUILD = "delete this folder and run again: the stage is rebuilt"
 
 
 def artifact_key(kind: str, *, config: Mapping[str, Any], seed: int, inputs: Mapping[str, str]) -> str:
@@ -43,115 +57,17 @@ def artifact_key(kind: str, *, config: Mapping[str, Any], seed: int, inputs: Map
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-class Artifact:
-    """A finished artifact on disk; files are verified the first time this process touches them."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
-        self._verified: set[str] = set()
-
-    @property
-    def kind(self) -> str:
-        """Kind of artifact, such as `catalog`."""
-        return str(self.manifest["kind"])
-
-    @property
-    def key(self) -> str:
-        """Hash of what it was made from."""
-        return str(self.manifest["key"])
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of what it contains."""
-        return str(self.manifest["fingerprint"])
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """Facts about the content, by kind."""
-        meta: dict[str, Any] = self.manifest["meta"]
-        return meta
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Fingerprint of every input by name."""
-        inputs: dict[str, str] = self.manifest["inputs"]
-        return inputs
-
-    def has(self, name: str) -> bool:
-        """Whether the manifest lists a file of this name."""
-        return name in self.manifest["files"]
-
-    def file(self, name: str) -> Path:
-        """Path of one file, after its size and hash were checked.
-
-        Raises:
-            DataError: The file is not in the manifest, is missing, or differs from it.
-        """
-        path = self.path / name
-        if name in self._verified:
-            return path
-        expected = self.manifest["files"].get(name)
-        if expected is None:
-            raise DataError(
-                f"the {self.kind} artifact has no file {name!r}", where=str(self.path), fix=REBUILD
-            )
-        if not path.is_file():
-            raise DataError("a file of the artifact is missing", where=str(path), fix=REBUILD)
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise DataError(
-                f"a file of the artifact has {size} bytes instead of {expected['size']}",
-                where=str(path),
-                fix=REBUILD,
-            )
-        if _sha256(path) != expected["sha256"]:
-            raise DataError(
-                "a file of the artifact is damaged (its hash differs)", where=str(path), fix=REBUILD
-            )
-        self._verified.add(name)
-        return path
-
-    def verify(self) -> None:
-        """Check every file against the manifest; raises DataError naming the first bad one."""
-        for name in self.manifest["files"]:
-            self.file(name)
-
-    def load_npy(self, name: str, *, mmap: bool = True) -> NDArray[Any]:
-        """An array, mapped read-only by default."""
-        array: NDArray[Any] = np.load(self.file(name), mmap_mode="r" if mmap else None, allow_pickle=False)
-        return array
-
-    def load_json(self, name: str) -> Any:
-        """A JSON document."""
-        return json.loads(self.file(name).read_text(encoding="utf-8"))
-
-    def load_safetensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Tensors by name, on the CPU."""
-        from safetensors.torch import load_file
-
-        return load_file(self.file(name))
-
-    def load_table(self, name: str) -> pa.Table:
-        """An Arrow IPC file, mapped."""
-        import pyarrow as pa
-
-        return pa.ipc.open_file(pa.memory_map(str(self.file(name)))).read_all()
-
-
 class ArtifactWriter:
     """Fills the directory of an artifact that does not exist yet. Several ranks may write different files."""
 
-    def __init__(self, path: Path, *, kind: str, key: str) -> None:
+    def __init__(self, path: Path, *, kind: str, key: str, verified: Verified | None = None) -> None:
         self.path, self.kind, self.key = path, kind, key
+        self._notes = verified or Verified(None)
 
     def prepare(self) -> None:
         """Empty the directory: an earlier attempt may have been cut off. One rank, before others write."""
         assert not (self.path / MANIFEST).exists(), "a finished artifact is never overwritten"
-        if self.path.exists():
-            # Out of the way at once: whoever was cut off there may still be writing.
-            old = self.path.with_name(f"{self.path.name}.{os.getpid()}.old")
-            os.replace(self.path, old)
-            shutil.rmtree(old, ignore_errors=True)
+        set_aside(self.path)
         self.path.mkdir(parents=True)
 
     def write_bytes(self, name: str, data: bytes) -> Path:
@@ -194,11 +110,9 @@ class ArtifactWriter:
         self, *, meta: Mapping[str, Any], inputs: Mapping[str, str], config: Mapping[str, Any], seed: int
     ) -> Artifact:
         """Hash all files and write the manifest: from here on the artifact exists."""
-        files = {}
-        for path in sorted(self.path.rglob("*")):
-            if path.is_file() and not path.name.endswith(".tmp"):
-                name = path.relative_to(self.path).as_posix()
-                files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        present = [p for p in sorted(self.path.rglob("*")) if p.is_file() and not p.name.endswith(".tmp")]
+        names = {path.relative_to(self.path).as_posix(): path for path in present}
+        files = hash_files(names, verified=self._notes)
         digest = hashlib.sha256(
             "".join(f"{n}:{f['sha256']}\n" for n, f in files.items()).encode()
         ).hexdigest()
@@ -207,7 +121,7 @@ class ArtifactWriter:
             "format_version": FORMAT_VERSION,
             "key": self.key,
             "fingerprint": digest,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "created": time.strftime(CREATED, time.gmtime()),
             "seed": seed,
             "config": dict(config),
             "inputs": dict(inputs),
@@ -217,26 +131,87 @@ class ArtifactWriter:
         write_atomic(
             self.path / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False).encode()
         )
-        return Artifact(self.path, manifest)
+        return Artifact(self.path, manifest, verified=self._notes)
 
 
 class ArtifactStore:
-    """All artifacts below one storage root (a local or shared file system)."""
+    """All artifacts below one storage root (a local or shared file system), and those of a remote home.
 
-    def __init__(self, root: str | Path) -> None:
+    Args:
+        root: The storage root.
+        remote: URI of the remote home; None: there is none.
+        progress: Shows large transfers: called with their bytes and a label.
+        patience: How long the remote home may take.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        remote: str | None = None,
+        progress: MakeMeter | None = None,
+        patience: Patience = PATIENCE,
+    ) -> None:
         self.root = Path(root)
+        self._progress, self._patience = progress, patience
+        self._remote = RemoteStore(remote, progress=progress, patience=patience) if remote else None
 
     def artifact_dir(self, kind: str, key: str) -> Path:
         """Directory of an artifact, whether it exists or not."""
         return self.root / "artifacts" / kind / key[:16]
 
+    def cache_dir(self, kind: str, key: str) -> Path:
+        """Directory of the cache for an artifact of the remote home, whether it exists or not."""
+        return self.root / "cache" / kind / key[:16]
+
     def find(self, kind: str, key: str) -> Artifact | None:
-        """The finished artifact of this key, or None."""
-        path = self.artifact_dir(kind, key)
-        if not (path / MANIFEST).is_file():
+        """The finished artifact of this key, or None: looked for here, then remotely.
+
+        Raises:
+            DataError: Its manifest is damaged, or the remote home cannot be read.
+        """
+        found = self._local(self.artifact_dir(kind, key), key)
+        if found is not None or self._remote is None:
+            return found
+        path = self.cache_dir(kind, key)
+        cached = self._local(path, key)
+        if cached is not None and is_complete(path, cached.manifest):
+            return cached
+        manifest = self._remote.manifest(kind, key)
+        if manifest is None:
+            set_aside(path)  # what is not there any more cannot be completed
             return None
-        artifact = self.open(path)
-        return artifact if artifact.key == key else None
+        write_entry(path, manifest, self._remote.files(manifest))
+        return self.open(path)
+
+    def find_again(self, kind: str, key: str) -> Artifact | None:
+        """What another process's `find` has just found on this storage; the remote home is not asked."""
+        found = self._local(self.artifact_dir(kind, key), key)
+        return (
+            found
+            if found is not None or self._remote is None
+            else self._local(self.cache_dir(kind, key), key)
+        )
+
+    def publish(self, artifact: Artifact) -> bool:
+        """Copy a finished artifact to the remote home unless its key is there; False if nothing was to do.
+
+        Raises:
+            DataError: A file is damaged, or the remote home refuses or cannot be reached.
+        """
+        if self._remote is None or artifact.path != self.artifact_dir(artifact.kind, artifact.key):
+            return False
+        return self._remote.publish(artifact.manifest, artifact.file)
+
+    def prepare(self) -> None:
+        """Remove what killed processes left, and see that the remote home can be used.
+
+        Raises:
+            DataError: It cannot.
+        """
+        sweep(self.root)
+        if self._remote is not None:
+            self._remote.prepare()
 
     def open(self, path: str | Path) -> Artifact:
         """Open a finished artifact by its directory.
@@ -259,28 +234,24 @@ class ArtifactStore:
                 where=str(path),
                 fix=REBUILD,
             )
-        return Artifact(path, manifest)
+        source = entry_source(path, progress=self._progress, patience=self._patience)
+        return Artifact(path, manifest, verified=self._notes(path), source=source)
 
     def writer(self, kind: str, key: str) -> ArtifactWriter:
         """A writer for the artifact of this key."""
-        return ArtifactWriter(self.artifact_dir(kind, key), kind=kind, key=key)
+        path = self.artifact_dir(kind, key)
+        return ArtifactWriter(path, kind=kind, key=key, verified=self._notes(path))
 
+    def _local(self, path: Path, key: str) -> Artifact | None:
+        if not (path / MANIFEST).is_file():
+            return None
+        artifact = self.open(path)
+        return artifact if artifact.key == key else None
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write so that a reader sees the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def _notes(self, path: Path) -> Verified | None:
+        """Notes for what this store keeps; bundles and checkpoints are read once and carry none."""
+        home = path.parent.parent
+        if home not in (self.root / "artifacts", self.root / "cache"):
+            return None
+        name = f"{home.name}-{path.parent.name}-{path.name}.json"
+        return Verified(self.root / "verified" / host_name() / name)

@@ -20,6 +20,8 @@ TAR_BLOCK = 512
 TAR_END = bytes(2 * TAR_BLOCK)
 MAX_MEMBER_BYTES = 8**11 - 1  # eleven octal digits of a USTAR header
 MAX_NAME_BYTES = 100
+MAX_DIMENSIONS = 32
+MAX_SAMPLES = 1 << 48
 NPY_ALIGN = 64
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 BLOCKS_PER_SHARD = 4096  # block numbers reserved for each shard number, so that parallel writers never meet
@@ -34,7 +36,12 @@ _DTYPES = {
     code.encode(): np.dtype(code)
     for code in ("|b1", "|i1", "|u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "<f2", "<f4", "<f8")
 }
-_TAR_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x")
+_ZERO = b"0000000\x00"
+_CHECKSUM = slice(148, 156)
+# After the size: time 0, the checksum's place, a plain file, no link, ustar 00, no owner names, no device.
+_TAR_REST = (
+    b"00000000000\x00" + b" " * 8 + b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + 2 * _ZERO + bytes(167)
+)
 
 
 def check_field_names(fields: list[str]) -> None:
@@ -82,6 +89,30 @@ def index_dtype(fields: list[str]) -> np.dtype[Any]:
     return np.dtype([("shard", "<i4"), ("block", "<i8"), ("num_samples", "<i8"), ("members", places)])
 
 
+def is_block_index(index: NDArray[Any]) -> bool:
+    """Whether an array is records of `index_dtype` that could be true: sane names, places and sizes."""
+    names = index.dtype.names
+    if names != ("shard", "block", "num_samples", "members") or index.ndim != 1 or not len(index):
+        return False
+    fields = index.dtype["members"].names
+    if not fields or index.dtype != index_dtype(list(fields)):
+        return False
+    try:
+        check_field_names(list(fields))
+    except DataError:
+        return False
+    places = np.stack([index["members"][field] for field in fields])
+    sane = (places[..., 0] >= TAR_BLOCK) & (places[..., 1] > 0)
+    sizes = index["num_samples"]
+    numbers = (index["shard"] >= 0) & (index["block"] >= 0) & (sizes > 0) & (sizes < MAX_SAMPLES)
+    return bool(sane.all() and numbers.all() and sizes.sum(dtype=np.float64) < MAX_SAMPLES)
+
+
+def tar_start(name: str, size: int) -> bytes:
+    """The header of a member up to and including its size: what sets it apart from any other member's."""
+    return b"%b0000644\x00%b%b%011o\x00" % (name.encode("ascii").ljust(100, b"\0"), _ZERO, _ZERO, size)
+
+
 def tar_header(name: str, size: int) -> bytes:
     """USTAR header of a plain file, mode 0644, owner 0, time 0."""
     assert len(name) <= MAX_NAME_BYTES, f"member name too long: {name}"
@@ -89,12 +120,8 @@ def tar_header(name: str, size: int) -> bytes:
         raise DataError(
             f"a block member of {size} bytes does not fit a tar", where=name, fix="make the blocks smaller"
         )
-    octal = b"%011o\x00" % size
-    zero = b"0000000\x00"
-    parts = [name.encode("ascii"), b"0000644\x00", zero, zero, octal, b"00000000000\x00", b" " * 8, b"0", b""]
-    parts += [b"ustar\x00", b"00", b"", b"", zero, zero, b""]
-    header = bytearray(_TAR_HEADER.pack(*parts))
-    header[148:156] = b"%06o\x00 " % sum(header)
+    header = bytearray(tar_start(name, size) + _TAR_REST)
+    header[_CHECKSUM] = b"%06o\x00 " % sum(header)
     return bytes(header)
 
 
@@ -134,10 +161,13 @@ def parse_npy_header(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int] 
     if data[: len(NPY_MAGIC)] != NPY_MAGIC or len(data) < 10:
         return None
     end = 10 + int.from_bytes(data[8:10], "little")
-    match = _NPY_HEADER.fullmatch(data[10:end])
+    match = _NPY_HEADER.fullmatch(data[10:end]) if end <= len(data) else None
     if match is None or match[1] not in _DTYPES:
         return None
     shape = tuple(int(part) for part in match[2].replace(b" ", b"").split(b",") if part)
+    # numpy refuses more, also where a length of 0 makes the array empty.
+    if len(shape) > MAX_DIMENSIONS or 8 * math.prod(max(length, 1) for length in shape) >= 1 << 63:
+        return None
     return _DTYPES[match[1]], shape, end
 
 

@@ -1,12 +1,18 @@
-"""Reading block tars by offset: every field of every block is a view into its mapped tar."""
+"""Reading block tars by offset: every field of every block is a view into its mapped tar.
+
+A member's tar header and `.npy` header are checked against the index before its first use, so a cut, swapped
+or hostile tar is a `DataError`. What no check beforehand can see is a tar that is cut while it is mapped: the
+system then ends the process (SIGBUS). Finished artifacts are never changed in place; nothing else may do so.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
+import io
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,15 +23,20 @@ from qbrec.errors import DataError
 from qbrec.storage.artifact import REBUILD, Artifact
 from qbrec.storage.block_format import (
     TAR_BLOCK,
-    index_dtype,
+    is_block_index,
     member_name,
     num_bytes,
     parse_npy_header,
     shard_name,
+    tar_start,
 )
+from qbrec.storage.gather import BlockPart, by_block, spans, whole_rows
 from qbrec.storage.ragged import Ragged
+from qbrec.storage.tar_file import map_tar
 
-HEADER_BYTES = 192  # room for the header of any array of up to five dimensions; longer ones are read whole
+HEADER_BYTES = 128  # the `.npy` header of nearly every array; a longer one is read again
+MAX_VIEWS = 512  # dense members remembered, for readers whose batches cut a block into several pieces
+MAX_MAPPED = 128  # tars held open at once: a catalogue may have more of them than a process may open files
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,9 @@ class BlockSet:
         self.block_sizes: NDArray[np.int64] = np.ascontiguousarray(index["num_samples"], dtype=np.int64)
         self.starts: NDArray[np.int64] = np.zeros(len(index) + 1, np.int64)
         np.cumsum(self.block_sizes, out=self.starts[1:])
-        self._maps: dict[int, mmap.mmap] = {}
+        self._begins: list[int] = self.starts[:-1].tolist()
+        self._views: dict[tuple[int, str], NDArray[Any]] = {}
+        self._map = lru_cache(maxsize=MAX_MAPPED)(lambda shard: map_tar(resolve(shard_name(prefix, shard))))
 
     @classmethod
     def open(cls, source: Artifact | str | Path, prefix: str) -> Self:
@@ -90,12 +103,12 @@ class BlockSet:
         path = source.file(name) if isinstance(source, Artifact) else Path(source) / name
         try:
             data = path.read_bytes()
-            index = np.load(path, allow_pickle=False)
+            index = np.load(io.BytesIO(data), allow_pickle=False)
         except FileNotFoundError:
             raise DataError("the block index is missing", where=str(path), fix=REBUILD) from None
         except (ValueError, EOFError, SyntaxError):
             raise DataError("the block index is damaged", where=str(path), fix=REBUILD) from None
-        if not _is_index(index):
+        if not is_block_index(index):
             raise DataError("this is not a block index", where=str(path), fix=REBUILD)
         if isinstance(source, Artifact):
             return cls(index, prefix=prefix, resolve=source.file, fingerprint=source.fingerprint)
@@ -119,15 +132,14 @@ class BlockSet:
             DataError: The tar is missing or cut off, or the member is not the plain array of the index.
         """
         offset, size = self._places[field][block].tolist()
-        tar = self._maps.get(self._shard[block]) or self._map(self._shard[block])
+        tar = self._map(self._shard[block])
         name = member_name(self.prefix, self._block[block], field)
         if offset + size > len(tar):
             raise self._damaged(block, name, "the tar is cut off")
-        if tar[offset - TAR_BLOCK : offset - TAR_BLOCK + 100].rstrip(b"\0") != name.encode():
-            raise self._damaged(block, name, "the member is not where the index says")
-        parsed = parse_npy_header(tar[offset : offset + min(size, HEADER_BYTES)])
-        if parsed is None:
-            parsed = parse_npy_header(tar[offset : offset + min(size, 1 << 16)])
+        start = tar[offset - TAR_BLOCK : offset + HEADER_BYTES]
+        if not start.startswith(tar_start(name, size)):
+            raise self._damaged(block, name, "the member is not where the index says, or of another size")
+        parsed = _parse_short(start[TAR_BLOCK:]) or parse_npy_header(tar[offset : offset + (1 << 16)])
         if parsed is None:
             raise self._damaged(block, name, "the member is no plain array of numbers")
         dtype, shape, header = parsed
@@ -143,22 +155,26 @@ class BlockSet:
         """Samples `start` to `stop` (default all) of a dense field, copied to one array [stop - start, …]."""
         stop = self.num_samples if stop is None else stop
         assert 0 <= start <= stop <= self.num_samples
-        first = min(int(np.searchsorted(self.starts, start, side="right")), self.num_blocks) - 1
-        last = max(int(np.searchsorted(self.starts, stop)), first + 1)  # an empty range still has a type
-        out: NDArray[Any] | None = None
-        for block in range(first, last):
-            begin, end = int(self.starts[block]), int(self.starts[block + 1])
-            view = self._dense(block, field)
-            if out is None:
-                out = np.empty((stop - start, *view.shape[1:]), view.dtype)
-            low, high = max(begin, start), min(end, stop)
-            out[low - start : high - start] = view[low - begin : high - begin]
-        assert out is not None
+        # An empty range still has a type: that of the block it lies in.
+        block = bisect_right(self._begins, start) - 1
+        view = self._dense(block, field)
+        low = start - self._begins[block]
+        if low + stop - start <= len(view):
+            return view[low : low + stop - start].copy()
+        out: NDArray[Any] = np.empty((stop - start, *view.shape[1:]), view.dtype)
+        filled = len(view) - low
+        out[:filled] = view[low:]
+        while filled < len(out):
+            block += 1
+            view = self._dense(block, field, like=out)[: len(out) - filled]
+            out[filled : filled + len(view)] = view
+            filled += len(view)
         return out
 
     def ragged(self, field: RaggedField) -> Ragged:
         """All samples of a ragged field in memory."""
-        parts = [self._ragged(block, field) for block in range(self.num_blocks)]
+        first, _ = self._ragged(0, field)
+        parts = [self._ragged(block, field, like=first) for block in range(self.num_blocks)]
         values = np.concatenate([view for view, _ in parts])
         return Ragged.from_lengths(values, np.concatenate([np.diff(offsets) for _, offsets in parts]))
 
@@ -172,88 +188,91 @@ class BlockSet:
         Returns:
             Arrays [B, …] and `Ragged` of length B, in the order of `samples`.
         """
-        blocks = np.searchsorted(self.starts, samples, side="right") - 1
-        local = samples - self.starts[blocks]
-        order = np.argsort(blocks, kind="stable")
-        distinct, begins = np.unique(blocks[order], return_index=True)
-        if len(samples):
-            groups = list(zip(distinct.tolist(), np.split(order, begins[1:]), strict=True))
-        else:  # the shape and type of an empty answer come from the first block
-            groups = [(0, order)]
+        parts = by_block(samples, self.starts)
         result: Fields = {}
         for field in fields:
             if isinstance(field, RaggedField):
-                result[field.values] = self._take_ragged(field, local, groups)
+                result[field.values] = self._take_ragged(field, len(samples), parts)
             else:
-                result[field] = self._take_dense(field, local, groups)
+                result[field] = self._take_dense(field, len(samples), parts)
         return result
 
-    def _take_dense(
-        self, field: str, local: NDArray[np.int64], groups: list[tuple[int, NDArray[np.int64]]]
-    ) -> NDArray[Any]:
-        out: NDArray[Any] | None = None
-        for block, index in groups:
-            view = self._dense(block, field)
-            if out is None:
-                out = np.empty((len(local), *view.shape[1:]), view.dtype)
-            out[index] = view[local[index]]
-        assert out is not None
+    def _take_dense(self, field: str, count: int, parts: Sequence[BlockPart]) -> NDArray[Any]:
+        first = self._dense(parts[0].block, field)
+        out: NDArray[Any] = np.empty((count, *first.shape[1:]), first.dtype)
+        if out.size:
+            rows = whole_rows(out)
+            for part in parts:
+                rows[part.places] = whole_rows(self._dense(part.block, field, like=out))[part.rows]
         return out
 
-    def _take_ragged(
-        self, field: RaggedField, local: NDArray[np.int64], groups: list[tuple[int, NDArray[np.int64]]]
-    ) -> Ragged:
-        parts = [self._ragged(block, field) for block, _ in groups]
-        begins = np.empty(len(local), np.int64)
-        offsets = np.zeros(len(local) + 1, np.int64)
-        for (_, index), (_, stored) in zip(groups, parts, strict=True):
-            rows = local[index]
-            begins[index] = stored[rows]
-            offsets[index + 1] = stored[rows + 1] - stored[rows]
+    def _take_ragged(self, field: RaggedField, count: int, parts: Sequence[BlockPart]) -> Ragged:
+        first, _ = self._ragged(parts[0].block, field)
+        stored = [self._ragged(part.block, field, like=first) for part in parts]
+        offsets = np.zeros(count + 1, np.int64)
+        for part, (_, ends) in zip(parts, stored, strict=True):
+            offsets[part.places + 1] = np.diff(ends)[part.rows]
         lengths = offsets[1:].copy()
         np.cumsum(offsets, out=offsets)
-        values = np.empty((int(offsets[-1]), *parts[0][0].shape[1:]), parts[0][0].dtype)
-        for (_, index), (view, _) in zip(groups, parts, strict=True):
-            values[_spans(offsets[index], lengths[index])] = view[_spans(begins[index], lengths[index])]
+        values: NDArray[Any] = np.empty((int(offsets[-1]), *first.shape[1:]), first.dtype)
+        for part, (view, ends) in zip(parts, stored, strict=True):
+            wanted = lengths[part.places]
+            if not values.size or not wanted.any():
+                continue
+            source: slice | NDArray[np.int64]
+            if isinstance(part.rows, slice):
+                source = slice(int(ends[part.rows.start]), int(ends[part.rows.stop]))
+            else:
+                source = spans(ends[part.rows], wanted)
+            whole_rows(values)[spans(offsets[part.places], wanted)] = whole_rows(view)[source]
         return Ragged(values, offsets)
 
-    def _dense(self, block: int, field: str) -> NDArray[Any]:
-        view = self.view(block, field)
-        assert view.shape[:1] == (self.block_sizes[block],), f"{field} is not dense: use a RaggedField"
+    def _dense(self, block: int, field: str, *, like: NDArray[Any] | None = None) -> NDArray[Any]:
+        """A field with one row per sample; of the type and row shape of `like`."""
+        view = self._views.get((block, field))
+        if view is None:
+            view = self.view(block, field)
+            if view.shape[:1] != (self.block_sizes[block],):
+                what = f"{field} has shape {view.shape} in a block of {self.block_sizes[block]} samples"
+                raise self._damaged(block, self._name(block, field), what)
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            self._views[block, field] = view
+        self._check_like(block, field, view, like)
         return view
 
-    def _ragged(self, block: int, field: RaggedField) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Values and checked int64 offsets of one block."""
+    def _ragged(
+        self, block: int, field: RaggedField, *, like: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Values (of the type and row shape of `like`) and checked int64 offsets of one block."""
         view = self.view(block, field.values)
+        self._check_like(block, field.values, view, like)
         size = int(self.block_sizes[block])
         if field.offsets is not None:
             stored = self.view(block, field.offsets)
+            valid = stored.shape == (size + 1,) and stored.dtype.kind in "iu"
             offsets = stored.astype(np.int64, copy=False)
-            valid = (
-                stored.shape == (size + 1,) and offsets[0] == 0 and bool((offsets[1:] >= offsets[:-1]).all())
-            )
+            valid = valid and offsets[0] == 0 and bool((offsets[1:] >= offsets[:-1]).all())
         else:
             assert field.counts is not None
             counts = self.view(block, field.counts)
-            valid = counts.shape == (size,) and (counts.dtype.kind == "u" or bool((counts >= 0).all()))
+            valid = counts.shape == (size,) and counts.dtype.kind in "iu" and bool((counts >= 0).all())
             offsets = np.zeros(size + 1, np.int64)
             if valid:
-                np.cumsum(counts, out=offsets[1:])
-        if not valid or offsets[-1] != len(view):
-            name = member_name(self.prefix, self._block[block], field.values)
-            raise self._damaged(block, name, f"{field.counts or field.offsets} does not fit {field.values}")
+                np.cumsum(counts, dtype=np.int64, out=offsets[1:])
+                valid = bool((offsets[1:] >= offsets[:-1]).all())  # no sum ran over
+        if not valid or not view.ndim or offsets[-1] != len(view):
+            what = f"{field.counts or field.offsets} does not fit {field.values}"
+            raise self._damaged(block, self._name(block, field.values), what)
         return view, offsets
 
-    def _map(self, shard: int) -> mmap.mmap:
-        path = self._resolve(shard_name(self.prefix, shard))
-        try:
-            with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    raise DataError("the block tar is empty", where=str(path), fix=REBUILD)
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise DataError("a block tar is missing", where=str(path), fix=REBUILD) from None
-        return self._maps[shard]
+    def _check_like(self, block: int, field: str, view: NDArray[Any], like: NDArray[Any] | None) -> None:
+        if like is not None and (view.dtype != like.dtype or view.shape[1:] != like.shape[1:]):
+            what = f"rows are {view.dtype} {view.shape[1:]}, in other blocks {like.dtype} {like.shape[1:]}"
+            raise self._damaged(block, self._name(block, field), what)
+
+    def _name(self, block: int, field: str) -> str:
+        return member_name(self.prefix, self._block[block], field)
 
     def _damaged(self, block: int, member: str, what: str) -> DataError:
         path = self._resolve(shard_name(self.prefix, self._shard[block]))
@@ -272,22 +291,4 @@ def sequential_blocks(block_set: BlockSet, rank: int, world: int) -> range:
     return range(int(np.searchsorted(owners, rank)), int(np.searchsorted(owners, rank, side="right")))
 
 
-def _spans(begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`begins[i] … begins[i] + lengths[i] - 1` of all i, one after the other, int64 [Σ lengths]."""
-    before = np.cumsum(lengths) - lengths
-    spans: NDArray[np.int64] = np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(
-        begins - before, lengths
-    )
-    return spans
-
-
-def _is_index(index: NDArray[Any]) -> bool:
-    names = index.dtype.names
-    if names != ("shard", "block", "num_samples", "members") or index.ndim != 1 or not len(index):
-        return False
-    fields = index.dtype["members"].names
-    if not fields or index.dtype != index_dtype(list(fields)):
-        return False
-    places = np.stack([index["members"][field] for field in fields])
-    sane = (places[..., 0] >= TAR_BLOCK) & (places[..., 1] > 0)
-    return bool(sane.all() and (index["num_samples"] > 0).all() and (index["shard"] >= 0).all())
+_parse_short = lru_cache(maxsize=4096)(parse_npy_header)  # blocks of equal size have equal headers

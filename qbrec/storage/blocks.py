@@ -9,11 +9,10 @@ sample `items-00000017` (entries come lower-cased). `blocks.<prefix>.npy` holds 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +33,8 @@ from qbrec.storage.block_format import (
     tar_header,
 )
 from qbrec.storage.block_reader import BlockSet, RaggedField, sequential_blocks
+from qbrec.storage.diskfull import writing
+from qbrec.storage.tar_file import TarFile
 
 __all__ = ["BlockSet", "BlockTarWriter", "RaggedField", "sequential_blocks", "write_block_index"]
 
@@ -42,7 +43,8 @@ class BlockTarWriter:
     """Writes blocks into tars of about `shard_bytes`; the same blocks always give the same bytes.
 
     Each tar is written under a temporary name, flushed to the disk and renamed, so a reader sees whole tars
-    only. Use it as a context manager: leaving on an exception removes the unfinished tar.
+    only. A write that fails removes the unfinished tar. Use it as a context manager: so does leaving on an
+    exception.
 
     Args:
         directory: Where the tars go (an artifact under construction); made if it is not there.
@@ -70,8 +72,7 @@ class BlockTarWriter:
         self._shard = first_shard - 1  # of the open tar
         self._block = first_shard * BLOCKS_PER_SHARD if first_block is None else first_block
         self._fields: list[str] | None = None
-        self._file: BinaryIO | None = None
-        self._size = 0
+        self._file: TarFile | None = None
         self._records: list[tuple[Any, ...]] = []
         self._closed = False
 
@@ -83,7 +84,8 @@ class BlockTarWriter:
             num_samples: Samples in the block, at least 1.
 
         Raises:
-            DataError: A field's name or type cannot be stored, or a member exceeds what a tar can hold.
+            DataError: A field's name or type cannot be stored, a member exceeds what a tar can hold, or the
+                disk is full.
         """
         assert not self._closed
         assert num_samples > 0
@@ -96,18 +98,21 @@ class BlockTarWriter:
             array = plain_array(fields[field], field)
             members.append((field, array, npy_header(array)))
         total = sum(_padded(len(header) + array.nbytes) + TAR_BLOCK for _, array, header in members)
-        if self._file is not None and self._size + total + len(TAR_END) > self.shard_bytes:
+        if self._file is not None and self._file.size + total + len(TAR_END) > self.shard_bytes:
             self._finish_shard()
-        file = self._file or self._begin_shard()
         places = []
-        for field, array, header in members:
-            size = len(header) + array.nbytes
-            file.write(tar_header(member_name(self.prefix, self._block, field), size) + header)
-            if array.size:
-                file.write(array.reshape(-1).data)
-            file.write(bytes(_padded(size) - size))
-            places.append((self._size + TAR_BLOCK, size))
-            self._size += TAR_BLOCK + _padded(size)
+        try:
+            file = self._file or self._begin_shard()
+            for field, array, header in members:
+                size = len(header) + array.nbytes
+                file.write(tar_header(member_name(self.prefix, self._block, field), size) + header)
+                places.append((file.size - len(header), size))
+                if array.size:
+                    file.write(array.reshape(-1).data)
+                file.write(bytes(_padded(size) - size))
+        except BaseException:  # half a block must never be finished
+            self.abort()
+            raise
         self._records.append((self._shard, self._block, num_samples, tuple(places)))
         self._block += 1
 
@@ -116,6 +121,9 @@ class BlockTarWriter:
 
         Returns:
             One record per block in the order of `add` (`block_format.index_dtype`), for `write_block_index`.
+
+        Raises:
+            DataError: The disk is full.
         """
         if not self._closed:
             if self._file is not None:
@@ -127,9 +135,9 @@ class BlockTarWriter:
         """Remove the unfinished tar; finished ones stay, without an index that lists them."""
         self._closed = True
         if self._file is not None:
-            self._file.close()
+            self._file.abort()
             self._file = None
-            self._temporary().unlink(missing_ok=True)
+            self._records = [record for record in self._records if record[0] != self._shard]
 
     def __enter__(self) -> Self:
         return self
@@ -142,26 +150,23 @@ class BlockTarWriter:
         else:
             self.abort()
 
-    def _temporary(self) -> Path:
-        return self.directory / f"{shard_name(self.prefix, self._shard)}.{os.getpid()}.tmp"
-
-    def _begin_shard(self) -> BinaryIO:
+    def _begin_shard(self) -> TarFile:
         self._shard += 1
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary(), "wb", buffering=1 << 20)  # noqa: SIM115 - lives until _finish_shard
-        self._size = 0
+        path = self.directory / shard_name(self.prefix, self._shard)
+        with writing(path):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = TarFile(path)
         return self._file
 
     def _finish_shard(self) -> None:
-        file = self._file
-        assert file is not None
-        file.write(TAR_END)
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+        assert self._file is not None
+        try:
+            self._file.write(TAR_END)
+            self._file.commit()
+        except BaseException:
+            self.abort()
+            raise
         self._file = None
-        os.replace(self._temporary(), self.directory / shard_name(self.prefix, self._shard))
-        _sync_directory(self.directory)
 
 
 def write_block_index(path: str | Path, records: Sequence[NDArray[Any]]) -> None:
@@ -172,7 +177,7 @@ def write_block_index(path: str | Path, records: Sequence[NDArray[Any]]) -> None
         records: What each writer's `close` returned; those of writers without a block are skipped.
 
     Raises:
-        DataError: There is no block at all.
+        DataError: There is no block at all, or the disk is full.
     """
     filled = [part for part in records if len(part)]
     if not filled:
@@ -193,11 +198,3 @@ def write_block_index(path: str | Path, records: Sequence[NDArray[Any]]) -> None
 
 def _padded(size: int) -> int:
     return size + -size % TAR_BLOCK
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -13,9 +13,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qbrec.errors import CheckpointError, DataError
+from qbrec.errors import DataError
 from qbrec.storage.block_reader import BlockSet, Fields, FieldSpec
 from qbrec.storage.order import WINDOW_BLOCKS, EpochOrder, SampleOrder
+from qbrec.storage.pinning import pinned
 from qbrec.storage.ragged import Ragged
 
 Batch = TypeVar("Batch")
@@ -42,6 +43,8 @@ class BatchLoader(Generic[Batch]):
         fields: Dense fields by name, ragged ones as `RaggedField`; by default all, which then must be dense.
         select: The samples that take part, bool [num_samples]; by default all.
         prefetch: Steps made ahead; 0 makes each when it is asked for, without a thread.
+        pin: Copy the tensors of each micro-batch to page-locked memory, in the loader's thread, so that the
+            device fetches them while it computes. Needs CUDA.
         window_blocks: Blocks shuffled together.
 
     Raises:
@@ -61,6 +64,7 @@ class BatchLoader(Generic[Batch]):
         fields: Sequence[FieldSpec] | None = None,
         select: NDArray[np.bool_] | None = None,
         prefetch: int = 2,
+        pin: bool = False,
         window_blocks: int = WINDOW_BLOCKS,
     ) -> None:
         assert 0 <= rank < world
@@ -69,7 +73,7 @@ class BatchLoader(Generic[Batch]):
         self.blocks, self.collate = blocks, collate
         self.fields: tuple[FieldSpec, ...] = tuple(blocks.fields if fields is None else fields)
         self.batch_size, self.micro_batch = batch_size, micro_batch
-        self.rank, self.world, self.prefetch = rank, world, prefetch
+        self.rank, self.world, self.prefetch, self.pin = rank, world, prefetch, pin
         self._selected: NDArray[np.int64] | None = None  # sample numbers that take part, ascending
         self._starts = blocks.starts
         if select is not None:
@@ -84,7 +88,6 @@ class BatchLoader(Generic[Batch]):
                 where=f"{blocks.num_samples} samples, 0 selected",
                 fix="check the catalogue's report for the domain, history lengths and rejected rows",
             )
-        self._epoch, self._step = 0, 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,35 +101,12 @@ class BatchLoader(Generic[Batch]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the data, the order and the batch size: what a position in the epoch refers to."""
+        """Hash of the data, its order and the batch size: equal ones have the same samples in every step."""
         recipe = hashlib.blake2b(digest_size=16)
         recipe.update(f"{self.blocks.fingerprint}:{self.order.fingerprint}:{self.batch_size}".encode())
         if self._selected is not None:
             recipe.update(self._selected.astype("<i8").tobytes())
         return recipe.hexdigest()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next step."""
-        return self._epoch
-
-    def state(self) -> dict[str, Any]:
-        """The next step, `{"epoch", "step", "fingerprint"}`: yielded steps count, not those made ahead."""
-        return {"epoch": self._epoch, "step": self._step, "fingerprint": self.fingerprint}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken; rank, world and micro-batch may differ.
-
-        Raises:
-            CheckpointError: It was taken with other data, another seed or another batch size.
-        """
-        if state["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                "the checkpoint's place in the data belongs to another order of samples",
-                where=f"loader of {self.blocks.prefix!r}, epoch {state['epoch']}, step {state['step']}",
-                fix="resume with the same catalogue, seed and batch size, or start a new run",
-            )
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def first(self) -> Batch:
         """A micro-batch of the first samples in storage order: for a rank that must run but has none."""
@@ -135,30 +115,14 @@ class BatchLoader(Generic[Batch]):
             samples = self._selected[samples]
         return self.collate(self.blocks.take(samples, self.fields), samples, 0)
 
-    def iterate(self, epoch: int | None = None, *, start: int | None = None) -> Iterator[list[Batch | None]]:
-        """Steps to the end of one epoch.
-
-        Args:
-            epoch: The epoch; by default that of `state()`. That one goes on at the next step, any other
-                begins at its first.
-            start: The step to begin with, instead.
+    def iterate(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch | None]]:
+        """Steps `start` to the end of one epoch; a run that was cut off begins with its next step.
 
         Yields:
             `micro_steps` micro-batches, then None where the step has none left for this rank.
         """
-        if epoch is not None and epoch != self._epoch:
-            self._epoch, self._step = epoch, 0
-        if start is not None:
-            self._step = start
-        current, first = self._epoch, self._step
-        steps = _ahead(self._make(current, first), self.prefetch)
-        try:
-            for step, batches in enumerate(steps, first + 1):
-                end = step == self.steps_per_epoch
-                self._epoch, self._step = (current + 1, 0) if end else (current, step)
-                yield batches
-        finally:
-            steps.close()
+        assert 0 <= start <= self.steps_per_epoch
+        return _ahead(self._make(epoch, start), self.prefetch)
 
     def _make(self, epoch: int, first: int) -> Iterator[list[Batch | None]]:
         """Steps from `first` on, without a thread."""
@@ -171,8 +135,12 @@ class BatchLoader(Generic[Batch]):
             for slot in range(self.micro_steps):
                 low = begin + (slot * self.world + self.rank) * self.micro_batch
                 high = min(low + self.micro_batch, end)
-                batches.append(self.collate(*reader.read(low, high), epoch) if low < high else None)
+                batches.append(self._collate(*reader.read(low, high), epoch) if low < high else None)
             yield batches
+
+    def _collate(self, fields: Fields, samples: NDArray[np.int64], epoch: int) -> Batch:
+        batch = self.collate(fields, samples, epoch)
+        return pinned(batch) if self.pin else batch
 
     def _own(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which positions of the epoch belong to this rank."""
@@ -236,7 +204,7 @@ def _concatenate(parts: list[Any]) -> NDArray[Any] | Ragged:
 _END: Any = object()
 
 
-def _ahead(items: Iterator[Any], depth: int) -> Any:
+def _ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
     """The same items, up to `depth` made ahead in a thread; closing it waits for the one being made."""
     if depth == 0:
         yield from items

@@ -12,7 +12,7 @@ from qbrec.config.sections import ComputeConfig
 from qbrec.config.stages import TrainConfig
 from qbrec.engine.context import StageContext
 from qbrec.engine.train import learning_rate, train
-from qbrec.errors import QbrecError
+from qbrec.errors import CheckpointError, QbrecError
 from qbrec.storage.artifact import ArtifactStore
 from tests.support.spawn import run_ranks
 from tests.support.training import Interrupted, ToyLoader, ToyTask
@@ -115,3 +115,28 @@ def _nan(rank: int, world: int, folder: str) -> str:
 def test_a_nan_on_one_rank_stops_all(tmp_path: Path) -> None:
     messages = run_ranks(_nan, 2, str(tmp_path))
     assert all("nan" in message and "learning_rate" in message for message in messages)
+
+
+def _other_data(rank: int, world: int, folder: str, stop_at: int) -> list[str]:
+    """Train on 37 samples (cut off before step `stop_at`), go on with 38, go on with the 37."""
+    config = CONFIG.model_copy(update={"epochs": 1})
+    seen = []
+    for options in ({"stop_at": stop_at}, {"n": 38}, {}):
+        loader = ToyLoader(rank, world, **options)
+        try:
+            train(_context(rank, world, folder, 0), ToyTask(), loader, config=config, label="toy")
+            seen.append("trained")
+        except Interrupted:
+            seen.append("interrupted")
+        except CheckpointError as error:
+            seen.append(str(error))
+    return seen
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stop_at", [4, 0])
+def test_a_checkpoint_of_other_data_is_refused(stop_at: int, tmp_path: Path) -> None:
+    ((first, refused, last),) = run_ranks(_other_data, 1, str(tmp_path), stop_at)
+    assert (first, last) == ("interrupted" if stop_at else "trained", "trained")
+    assert "other data" in refused
+    assert str(tmp_path / "checkpoints" / "toy") in refused

@@ -40,6 +40,7 @@ class ToyLoader:
         self.y = torch.randn(n, 3, generator=generator)
         self.stop_at = stop_at  # optimiser step before which the machine is lost; 0: never
         self.rank, self.world, self.steps_per_epoch = rank, world, -(-n // 8)
+        self.fingerprint = f"toy of {n}"
 
     def iterate(
         self, epoch: int, *, start: int = 0

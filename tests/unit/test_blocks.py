@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -13,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qbrec.errors import DataError
+from qbrec.storage import block_reader
 from qbrec.storage.artifact import ArtifactStore
-from qbrec.storage.block_format import npy_header, parse_npy_header
+from qbrec.storage.block_format import index_dtype, npy_header, parse_npy_header
 from qbrec.storage.blocks import (
     BlockSet,
     BlockTarWriter,
@@ -22,6 +27,7 @@ from qbrec.storage.blocks import (
     sequential_blocks,
     write_block_index,
 )
+from qbrec.storage.diskfull import writing
 
 PLAIN = [np.dtype(code) for code in ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")]
 TEXT = RaggedField("feature.text", counts="tokens.text")
@@ -134,6 +140,12 @@ def test_overhead_of_megabyte_blocks_is_below_one_percent(tmp_path):
     stored = sum(path.stat().st_size for path in tmp_path.iterdir())
     content = sum(array.nbytes for block in blocks for array in block.values())
     assert content < stored <= 1.01 * content
+    block_set = BlockSet.open(tmp_path, "items")
+    for field in ("content", "structure"):
+        np.testing.assert_array_equal(block_set.column(field), np.concatenate([b[field] for b in blocks]))
+    np.testing.assert_array_equal(
+        block_set.ragged(TEXT).values, np.concatenate([block["feature.text"] for block in blocks])
+    )
 
 
 def test_read_column_ragged_take(tmp_path):
@@ -298,11 +310,15 @@ def header_variants():
         "too long": "{'descr': '<f8', 'fortran_order': False, 'shape': (6,), }",
         "too short": "{'descr': '<f8', 'fortran_order': False, 'shape': (4,), }",
         "overflow": "{'descr': '<f8', 'fortran_order': False, 'shape': (4294967296,4294967296,), }",
+        # 8 x 19 x 121360158379668103 is 40 modulo 2^64, the size of the real array.
+        "wraps": "{'descr': '<f8', 'fortran_order': False, 'shape': (19,121360158379668103), }",
+        "empty but huge": "{'descr': '<f8', 'fortran_order': False, 'shape': (0, 99999999999999999,99,), }",
         "negative": "{'descr': '<f8', 'fortran_order': False, 'shape': (-5,), }",
         "code": "__import__('os').system('true')",
     }
     for name, text in texts.items():
         yield pytest.param(real[:10] + text.encode().ljust(len(real) - 11) + b"\n", id=name)
+    yield pytest.param(real[:8] + b"\x40\x00" + real[10:], id="header cut")
     yield pytest.param(b"\x93NUMPZ" + real[6:], id="magic")
     yield pytest.param(real[:6] + b"\x02\x00" + real[8:], id="version")
     yield pytest.param(real[:8] + b"\xff\xff" + real[10:], id="length")
@@ -322,6 +338,260 @@ def test_hostile_member_header_is_a_data_error(tmp_path, header):
         BlockSet.open(tmp_path, "x").view(0, "a")
     assert "x-000000.tar" in str(caught.value)
     assert "x-00000000.a.npy" in str(caught.value)
+
+
+def one_block(directory, array, *, prefix="x", field="a"):
+    writer = BlockTarWriter(directory, prefix=prefix)
+    writer.add({field: array}, len(array))
+    write_block_index(directory / f"blocks.{prefix}.npy", [writer.close()])
+    return directory / f"{prefix}-000000.tar", directory / f"blocks.{prefix}.npy"
+
+
+def refused(directory, *, match, member=True):
+    with pytest.raises(DataError, match=match) as caught:
+        BlockSet.open(directory, "x").column("a")
+    assert "x-000000.tar" in str(caught.value)
+    assert ("x-00000000.a.npy" in str(caught.value)) or not member
+
+
+def test_an_empty_array_of_impossible_shape_is_a_data_error(tmp_path):
+    path, index = one_block(tmp_path, np.zeros(5))
+    header = "{'descr': '<f8', 'fortran_order': False, 'shape': (0, 99999999999999999,99999999999), }"
+    data = bytearray(path.read_bytes())
+    data[522:640] = header.encode().ljust(117) + b"\n"
+    data[512 - 512 + 124 : 136] = b"%011o\0" % 128  # the header alone: zero elements
+    path.write_bytes(data)
+    records = np.load(index)
+    records["members"]["a"][:, 1] = 128
+    np.save(index, records)
+    refused(tmp_path, match="no plain array")
+
+
+def test_a_pickled_member_is_never_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    member = io.BytesIO()
+    np.save(member, np.array([Trap()], object), allow_pickle=True)
+    with tarfile.open(tmp_path / "x-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        info = tarfile.TarInfo("x-00000000.a.npy")
+        info.size = len(member.getvalue())
+        tar.addfile(info, io.BytesIO(member.getvalue()))
+    record = np.array([(0, 0, 1, ((512, info.size),))], dtype=index_dtype(["a"]))
+    write_block_index(tmp_path / "blocks.x.npy", [record])
+    refused(tmp_path, match="no plain array")
+    assert not (tmp_path / "sprung").exists()
+    member.seek(0)
+    np.load(member, allow_pickle=True)
+    assert (tmp_path / "sprung").exists()  # the trap was a real one
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [
+        (512, 10**6),  # beyond the file
+        (10**9, 168),
+        (2**63 - 1, 2**63 - 1),  # a sum that runs over in 64 bits
+        (1024, 168),  # inside the file, but no member
+        (512, 160),  # another size than the tar's
+        (512, 176),
+    ],
+)
+def test_an_index_that_points_elsewhere_is_a_data_error(tmp_path, offset, size):
+    _, path = one_block(tmp_path, np.zeros(5))
+    records = np.load(path)
+    assert records["members"]["a"].tolist() == [[512, 168]]
+    records["members"]["a"] = offset, size
+    np.save(path, records)
+    refused(tmp_path, match="cut off|not where")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_samples": 0},
+        {"num_samples": -1},
+        {"num_samples": 2**62},
+        {"shard": -1},
+        {"block": -1},
+        {"members": ((-512, 168),)},
+        {"members": ((512, -1),)},
+    ],
+    ids=str,
+)
+def test_an_impossible_index_is_a_data_error(tmp_path, change):
+    _, path = one_block(tmp_path, np.zeros(5))
+    records = np.load(path)
+    for key, value in change.items():
+        records[key] = value
+    np.save(path, records)
+    with pytest.raises(DataError, match=r"not a block index[\s\S]*blocks\.x\.npy"):
+        BlockSet.open(tmp_path, "x")
+
+
+@pytest.mark.parametrize("name", ["../a", "é", "a\0b", "a" * 65])
+def test_hostile_field_names_in_an_index_are_a_data_error(tmp_path, name):
+    one_block(tmp_path, np.zeros(5))
+    places = np.dtype([(name, "<i8", (2,))])
+    dtype = np.dtype([("shard", "<i4"), ("block", "<i8"), ("num_samples", "<i8"), ("members", places)])
+    np.save(tmp_path / "blocks.x.npy", np.array([(0, 0, 5, ((512, 168),))], dtype))
+    with pytest.raises(DataError, match=r"blocks\.x\.npy"):
+        BlockSet.open(tmp_path, "x")
+
+
+def test_an_index_or_tar_of_another_prefix_is_a_data_error(tmp_path):
+    one_block(tmp_path, np.zeros(5))
+    other, index = one_block(tmp_path, np.ones(5), prefix="y")
+    index.replace(tmp_path / "blocks.x.npy")
+    np.testing.assert_array_equal(BlockSet.open(tmp_path, "x").column("a"), np.zeros(5))  # places are equal
+    other.replace(tmp_path / "x-000000.tar")
+    refused(tmp_path, match="not where")
+    one_block(tmp_path, np.zeros(5), prefix="y", field="b")
+    (tmp_path / "blocks.y.npy").replace(tmp_path / "blocks.x.npy")
+    with pytest.raises(DataError, match="not where"):
+        BlockSet.open(tmp_path, "x").read(0)
+
+
+def test_a_block_of_another_number_of_samples_is_a_data_error(tmp_path):
+    _, path = one_block(tmp_path, np.zeros((5, 2)))
+    for wrong in (4, 6):
+        records = np.load(path)
+        records["num_samples"] = wrong
+        np.save(path, records)
+        refused(tmp_path, match="shape")
+        with pytest.raises(DataError, match="shape"):
+            BlockSet.open(tmp_path, "x").take(np.array([0]), ["a"])
+
+
+@pytest.mark.parametrize(
+    "other", [np.zeros((5, 1), np.float16), np.zeros((5, 3), np.float64)], ids=["shape", "type"]
+)
+def test_blocks_that_differ_in_type_or_row_shape_are_never_cast(tmp_path, other):
+    writer = BlockTarWriter(tmp_path, prefix="x")
+    for array in (np.zeros((5, 3), np.float16), other):
+        writer.add({"a": array, "n": np.ones(5, np.uint8)}, 5)
+    write_block_index(tmp_path / "blocks.x.npy", [writer.close()])
+    block_set = BlockSet.open(tmp_path, "x")
+    for read in (
+        lambda: block_set.column("a"),
+        lambda: block_set.take(np.array([7, 1]), ["a"]),
+        lambda: block_set.ragged(RaggedField("a", counts="n")),
+        lambda: block_set.take(np.array([7, 1]), [RaggedField("a", counts="n")]),
+    ):
+        with pytest.raises(DataError, match=r"in other blocks[\s\S]*x-00000001\.a\.npy"):
+            read()
+
+
+def test_more_tars_than_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(block_reader, "MAX_MAPPED", 3)
+    monkeypatch.setattr(block_reader, "MAX_VIEWS", 7)
+    blocks = write_items(tmp_path, [9] * 12, shard_bytes=1)
+    assert len(list(tmp_path.glob("*.tar"))) == 12
+    before = len(os.listdir("/proc/self/fd"))
+    block_set = BlockSet.open(tmp_path, "items")
+    kept = block_set.view(0, "content")
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            block_set.column("content"), np.concatenate([block["content"] for block in blocks])
+        )
+    assert len(os.listdir("/proc/self/fd")) - before <= 3 + 7 + 1  # a view keeps its tar mapped
+    np.testing.assert_array_equal(kept, blocks[0]["content"])
+
+
+FULL = """
+import errno, os, resource, sys
+from pathlib import Path
+import numpy as np
+from qbrec.errors import DataError
+from qbrec.storage.blocks import BlockTarWriter, write_block_index
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+root = Path(sys.argv[1])
+writer = BlockTarWriter(root, prefix="x", shard_bytes=6 << 20)
+try:
+    for block in range(40):
+        writer.add({"a": np.full(1 << 17, block)}, 1 << 17)
+    records = writer.close()
+except DataError as error:
+    assert error.__cause__.errno == errno.EFBIG
+    records = writer.close()
+    print("full:", error)
+write_block_index(root / "blocks.x.npy", [records])
+"""
+
+
+@pytest.mark.parametrize("limit", [5 << 20, (4 << 20) + 1, 100])
+def test_a_full_disk_is_said_and_leaves_no_half_tar(tmp_path, limit):
+    """A file-size limit of the process stands for the disk: the first tar exceeds it."""
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "full: the file would exceed" in done.stdout, done.stderr  # the fault fired
+    assert f"where: {tmp_path / 'x-000000.tar'} (" in done.stdout
+    assert "GB free)" in done.stdout
+    assert "fix:" in done.stdout
+    assert "not a single sample" in done.stderr  # and no block of the tar that failed is listed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota"), (errno.EFBIG, "largest size")],
+)
+def test_every_lack_of_room_has_its_words(tmp_path, number, said):
+    def fail(number):
+        with writing(tmp_path / "missing" / "file"):
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(DataError, match=said) as caught:
+        fail(number)
+    assert caught.value.fix is not None
+    with pytest.raises(PermissionError):
+        fail(errno.EACCES)
+
+
+KILLED = """
+import sys
+import numpy as np
+from qbrec.storage.blocks import BlockTarWriter
+
+with BlockTarWriter(sys.argv[1], prefix="x", shard_bytes=1 << 20) as writer:
+    for block in range(100_000):
+        writer.add({"a": np.full(1 << 14, block), "b": np.arange(block % 50)}, 1)
+"""
+
+
+def test_a_killed_writer_leaves_whole_tars_only(tmp_path):
+    rng = np.random.default_rng()
+    cut = 0
+    for attempt in range(6):
+        directory = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(directory)])
+        try:
+            while not list(directory.glob("*.tar")):
+                assert process.poll() is None
+                time.sleep(0.002)
+            time.sleep(float(rng.uniform(0, 0.05)))
+        finally:
+            process.kill()  # SIGKILL
+            process.wait()
+        tars = sorted(directory.glob("*.tar"))
+        cut += len(list(directory.glob("*.tmp")))
+        assert tars
+        for path in tars:
+            assert path.read_bytes()[-1024:] == bytes(1024)
+            with tarfile.open(path) as tar:
+                members = tar.getmembers()
+                for member in members:
+                    array = np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False)
+                    block = int(member.name[2:10])
+                    assert array.tolist() == (
+                        [block] * (1 << 14) if "a" in member.name else list(range(block % 50))
+                    )
+            assert len(members) == 2 * 7  # as many blocks as a tar of 1 MB holds
+        for left in directory.glob("*.tmp"):
+            assert not left.name.endswith(".tar")
+    assert cut  # a write was under way when at least one of them was killed
 
 
 @given(st.binary(max_size=200))

@@ -67,12 +67,13 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
     data = write(tmp_path)
-    before = source_fingerprint(data)
-    assert source_fingerprint(data) == before
+    before = source_fingerprint(data, models={})
+    assert source_fingerprint(data, models={}) == before
+    assert source_fingerprint(data, models={"text": "ab"}) != before
     os.utime(tmp_path / "items.parquet", ns=(1, 1))
-    assert source_fingerprint(data) != before
+    assert source_fingerprint(data, models={}) != before
     with pytest.raises(ConfigError, match="no domain"):
-        source_fingerprint(DataConfig())
+        source_fingerprint(DataConfig(), models={})
 
 
 def test_what_a_domain_brings(tmp_path: Path) -> None:

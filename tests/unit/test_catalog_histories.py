@@ -43,7 +43,7 @@ def build(
     folder: Path, tables: list[pa.Table], config: CatalogConfig, starts: Any = ((0, 0),)
 ) -> tuple[BlockSet, dict[str, Any]]:
     first_user = np.array([0, count_users(0, tables[1:])])
-    job = HistoryJob(folder, config, first_user, np.array(starts), ("shop",), HASHES)
+    job = HistoryJob(folder, config, first_user, np.array(starts), ("shop",), HASHES, config.block_bytes)
     result = job.write(0, tables)
     assert result is not None
     write_block_index(folder / "blocks.histories.npy", [result["records"]])

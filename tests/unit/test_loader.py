@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbrec.errors import CheckpointError, DataError
+from qbrec.errors import DataError
 from qbrec.storage.blocks import BlockSet, BlockTarWriter, RaggedField, write_block_index
 from qbrec.storage.loader import BatchLoader
 from qbrec.storage.order import SampleOrder
@@ -57,14 +58,17 @@ def loader_of(block_set, *, rank=0, world=1, **options):
     return BatchLoader(block_set, rank=rank, world=world, **options)
 
 
-def micro_batches(block_set, world, epoch, **options):
+def micro_batches(block_set, world, epoch, *, start=0, stop=None, **options):
     """Micro-batches of all ranks, put back into the global order: {(step, j): sample numbers}."""
     found = {}
     lengths = set()
     for rank in range(world):
         loader = loader_of(block_set, rank=rank, world=world, **options)
-        steps = 0
-        for step, batches in enumerate(loader.iterate(epoch)):
+        stop = loader.steps_per_epoch if stop is None else stop
+        steps = start
+        for step, batches in enumerate(
+            itertools.islice(loader.iterate(epoch, start=start), stop - start), start
+        ):
             lengths.add(len(batches))
             for slot, batch in enumerate(batches):
                 if batch is not None:
@@ -73,8 +77,8 @@ def micro_batches(block_set, world, epoch, **options):
                     assert seen_epoch == epoch
                     found[step, slot * world + rank] = samples.tolist()
             steps += 1
-        assert steps == loader.steps_per_epoch
-        assert lengths == {loader.micro_steps}
+        assert steps == stop
+        assert lengths <= {loader.micro_steps}
     return dict(sorted(found.items()))
 
 
@@ -133,58 +137,108 @@ def test_every_world_sees_the_same_micro_batches(block_set, world, prefetch):
         assert samples == expected.tolist()
 
 
+def test_grid_of_worlds_prefetch_selection_and_resumption(block_set):
+    """One list in one order: for any number of ranks, made ahead or not, of all samples or some."""
+    select = np.random.default_rng(5).random(block_set.num_samples) < 0.6
+    for chosen in (None, select):
+        options = {"select": chosen, "window_blocks": 3}
+        whole = micro_batches(block_set, 1, 1, prefetch=0, **options)
+        sizes = (
+            SIZES if chosen is None else [int(part.sum()) for part in np.split(chosen, np.cumsum(SIZES)[:-1])]
+        )
+        places = np.arange(sum(SIZES)) if chosen is None else np.flatnonzero(chosen)
+        starts = np.cumsum([0, *sizes])
+        order = SampleOrder(np.array(sizes), seed=3, window_blocks=3).epoch(1)
+        expected = np.concatenate([places[starts[blocks] + local] for blocks, local in order])
+        assert [sample for batch in whole.values() for sample in batch] == expected.tolist()
+        for world, prefetch in itertools.product((1, 2, 3, 4, 8), (0, 1, 2, 5)):
+            assert micro_batches(block_set, world, 1, prefetch=prefetch, **options) == whole
+            cut, later = 2, {1: 4, 2: 3, 3: 8, 4: 1, 8: 2}[world]  # goes on with another number of ranks
+            before = micro_batches(block_set, world, 1, stop=cut, prefetch=prefetch, **options)
+            after = micro_batches(block_set, later, 1, start=cut, prefetch=prefetch, **options)
+            assert before
+            assert after
+            assert list((before | after).items()) == list(whole.items())
+
+
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_resume_in_the_middle_continues_with_the_next_sample(block_set, data):
     world, later_world = (data.draw(st.sampled_from([1, 2, 3, 4, 8])) for _ in range(2))
-    prefetch = data.draw(st.sampled_from([0, 2]))
-    batch_size = data.draw(st.integers(1, 90))
-    options = {"batch_size": batch_size, "prefetch": prefetch}
-    whole = [micro_batches(block_set, 1, epoch, **options) for epoch in (0, 1)]
-    steps = loader_of(block_set, **options).steps_per_epoch
-    stop = data.draw(st.integers(0, steps))
-    rest: dict[tuple[int, int], list[int]] = {}
-    states = []
-    for rank in range(world):
-        loader = loader_of(block_set, rank=rank, world=world, **options)
-        iterator = loader.iterate()
-        for _ in range(stop):
-            next(iterator)
-        states.append(json.loads(json.dumps(loader.state())))
-        iterator.close()
-    assert all(state == states[0] for state in states)
-    for rank in range(later_world):
-        loader = loader_of(block_set, rank=rank, world=later_world, **options)
-        loader.load_state(states[0])
-        first = loader.state()["step"]
-        assert (loader.epoch, first) == ((1, 0) if stop == steps else (0, stop))
-        for step, batches in enumerate(loader.iterate(), first):
-            for slot, batch in enumerate(batches):
-                if batch is not None:
-                    rest[step, slot * later_world + rank] = batch[1].tolist()
-        assert loader.state()["epoch"] == (2 if stop == steps else 1)
-    expected = whole[1] if stop == steps else {key: v for key, v in whole[0].items() if key[0] >= stop}
-    assert rest == expected
+    options = {
+        "prefetch": data.draw(st.sampled_from([0, 1, 2, 5])),
+        "batch_size": data.draw(st.integers(1, 90)),
+        "micro_batch": data.draw(st.integers(1, 30)),
+        "window_blocks": data.draw(st.integers(1, 13)),
+    }
+    if data.draw(st.booleans()):
+        chosen = data.draw(st.sets(st.integers(0, sum(SIZES) - 1), min_size=1))
+        options["select"] = np.isin(np.arange(sum(SIZES)), list(chosen))
+    whole = micro_batches(block_set, 1, 1, **options | {"prefetch": 0})
+    cut = data.draw(st.integers(0, loader_of(block_set, **options).steps_per_epoch))
+    before = micro_batches(block_set, world, 1, stop=cut, **options)
+    after = micro_batches(block_set, later_world, 1, start=cut, **options)
+    assert list((before | after).items()) == list(whole.items())
+    assert not before.keys() & after.keys()
 
 
-def test_a_broken_off_epoch_goes_on_and_another_starts_anew(block_set):
-    loader = loader_of(block_set)
-    first = [batches[0][1].tolist() for batches in itertools.islice(loader.iterate(0), 2)]
-    second = [batches[0][1].tolist() for batches in loader.iterate(0)]
-    assert first + second == [batches[0][1].tolist() for batches in loader_of(block_set).iterate(0)]
-    assert loader.state()["epoch"] == 1
-    assert [b[0][1].tolist() for b in loader.iterate(0)] == first + second
-
-
-def test_state_of_other_data_or_seed_is_refused(block_set):
-    state = loader_of(block_set).state()
+def test_fingerprint_tells_orders_apart(block_set):
+    fingerprint = loader_of(block_set).fingerprint
     select = np.ones(block_set.num_samples, bool)
     select[5] = False
-    others = ({"seed": 4}, {"batch_size": 21}, {"window_blocks": 5}, {"select": select})
-    for options in others:
-        with pytest.raises(CheckpointError, match="another order"):
-            loader_of(block_set, **options).load_state(state)
-    loader_of(block_set, rank=1, world=2, micro_batch=5, prefetch=0).load_state(state)
+    for options in ({"seed": 4}, {"batch_size": 21}, {"window_blocks": 5}, {"select": select}):
+        assert loader_of(block_set, **options).fingerprint != fingerprint
+    assert loader_of(block_set, rank=1, world=2, micro_batch=5, prefetch=0).fingerprint == fingerprint
+
+
+@dataclass(frozen=True)
+class Nested:
+    rows: torch.Tensor
+    features: dict[str, torch.Tensor]
+    pair: tuple[torch.Tensor, int]
+    epoch: int
+
+
+def nested(fields, samples, epoch):
+    rows = torch.from_numpy(fields["number"])
+    return Nested(rows, {"double": rows * 2}, (rows + 1, len(samples)), epoch)
+
+
+def tensors_of(batch):
+    return [batch.rows, batch.features["double"], batch.pair[0]]
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_pinning_reaches_every_tensor_in_the_thread_of_the_loader(block_set, pin, monkeypatch):
+    pinned_in = []
+
+    def pin_memory(tensor):  # what a machine without CUDA cannot do
+        pinned_in.append(threading.current_thread().name)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    loader = loader_of(block_set, collate=nested, pin=pin)
+    plain = loader_of(block_set, collate=nested)
+    for batches, expected in zip(loader.iterate(1), plain.iterate(1), strict=True):
+        for batch, same in zip(batches, expected, strict=True):
+            assert (batch is None) == (same is None)
+            if batch is not None:
+                assert all(map(torch.equal, tensors_of(batch), tensors_of(same)))
+                assert (batch.pair[1], batch.epoch) == (same.pair[1], 1)
+    assert len(pinned_in) == (3 * 21 if pin else 0)  # 84 samples in micro-batches of 4
+    assert all(name.startswith("qbrec-loader") for name in pinned_in)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("pin", [False, True])
+def test_pinned_batches_on_a_gpu_machine(block_set, pin):
+    seen = []
+    for batches in loader_of(block_set, collate=nested, pin=pin).iterate(0):
+        for batch in (batch for batch in batches if batch is not None):
+            assert all(tensor.is_pinned() == pin for tensor in tensors_of(batch))
+            seen += batch.rows.to("cuda", non_blocking=True).tolist()
+    assert sorted(seen) == list(range(block_set.num_samples))
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -197,7 +251,7 @@ def test_all_fields_match_storage(block_set, world):
         loader = loader_of(
             block_set, rank=rank, world=world, fields=fields, batch_size=60, micro_batch=30, window_blocks=2
         )
-        for gathered, samples, _ in (b for batches in loader.iterate() for b in batches if b is not None):
+        for gathered, samples, _ in (b for batches in loader.iterate(0) for b in batches if b is not None):
             assert list(gathered) == ["number", "cut", "tokens.text", "row", "feature.text"]
             np.testing.assert_array_equal(gathered["cut"], cut[samples])
             for name, whole in (("row", rows), ("feature.text", text)):
@@ -234,13 +288,13 @@ def test_an_error_in_collate_arrives_in_its_place(block_set, prefetch):
         return [sample for batch in step if batch is not None for sample in batch]
 
     whole = loader_of(block_set, collate=lambda fields, samples, epoch: samples.tolist())
-    expected = [samples_of(step) for step in whole.iterate()]
+    expected = [samples_of(step) for step in whole.iterate(0)]
     place = next(i for i, samples in enumerate(expected) if 50 in samples)
     assert place > 0
     received = []
 
     def consume():
-        for step in loader_of(block_set, collate=collate, prefetch=prefetch).iterate():
+        for step in loader_of(block_set, collate=collate, prefetch=prefetch).iterate(0):
             received.append(samples_of(step))
 
     with pytest.raises(DataError, match="bad sample"):
@@ -258,7 +312,7 @@ def test_threads_end_when_iteration_is_broken_off(block_set):
         return samples
 
     loader = loader_of(block_set, collate=collate, prefetch=2, batch_size=4)
-    for _ in loader.iterate():
+    for _ in loader.iterate(0):
         assert loader_threads()
         break
     assert not loader_threads()
@@ -267,4 +321,3 @@ def test_threads_end_when_iteration_is_broken_off(block_set):
     assert all(name.startswith("qbrec-loader") for name in calls)
     time.sleep(0.03)
     assert len(calls) == made
-    assert loader.state()["step"] == 1
