@@ -1,8 +1,12 @@
-"""Stage 0, items: the driver's side. It holds a hash per item; features stay in Ray's object store."""
+"""Items, the driver's side: it holds a hash per item; features stay in Ray's object store.
+
+`ItemSteps` are the steps that a catalogue and a later generation of it share; `build_items` is stage 0.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,19 +16,19 @@ from numpy.typing import NDArray
 from qbrec.catalog import equal_content, items, rejected
 from qbrec.catalog.contract import Domain
 from qbrec.catalog.exchange import Parts, exchange, group_size, reduce
+from qbrec.catalog.frozen import Frozen
 from qbrec.catalog.image import DIM as IMAGE_DIM
 from qbrec.catalog.index import Uniqueness
 from qbrec.catalog.models import BUILT_IN_IMAGE, BUILT_IN_TEXT, encoder_identity
-from qbrec.catalog.parts import join_parts, new_array
 from qbrec.catalog.pool import encoder_pool
 from qbrec.catalog.shards import ShardJob
+from qbrec.catalog.store_items import store_items
 from qbrec.catalog.text import HashedNgramEncoder
 from qbrec.catalog.units import ITEM_UNIT_ROWS, blocks_of, cut_units, unit_dataset
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
 from qbrec.errors import DataError
 from qbrec.storage.artifact import ArtifactWriter
-from qbrec.storage.blocks import write_block_index
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -50,87 +54,62 @@ class BuiltItems:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def build_items(
-    ctx: StageContext, config: RootConfig, domains: list[Domain], writer: ArtifactWriter
-) -> BuiltItems:
-    """Scan, encode, number and store the items of all domains.
+@dataclass(frozen=True)
+class EncodedItems:
+    """Encoded items in Ray's object store.
 
-    Raises:
-        ConfigError: Unknown encoder.
-        DataError: An id occurs twice, too many rows are bad, or none is good.
+    Attributes:
+        parts: By shard: a range of the item hash.
+        counts: Items of every shard, int64 [shards].
+        sizes: By modality, int64 [modalities, 4]: see `token_sizes`.
     """
-    return _Build(ctx, config, domains, writer).run()
+
+    parts: Parts[pa.Table]
+    counts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
 
 
-class _Build:
+class ItemSteps:
+    """Reads, checks and encodes the items of all domains.
+
+    Args:
+        ctx: Of the driver.
+        config: Root configuration.
+        domains: All domains, by number.
+        directory: The artifact under construction.
+        frozen: Of the catalogue that these items are added to; None: they are a catalogue of their own.
+    """
+
     def __init__(
-        self, ctx: StageContext, config: RootConfig, domains: list[Domain], writer: ArtifactWriter
+        self,
+        ctx: StageContext,
+        config: RootConfig,
+        domains: list[Domain],
+        directory: Path,
+        frozen: Frozen | None = None,
     ) -> None:
         self.ctx, self.config, self.catalog, self.domains = ctx, config, config.catalog, domains
-        self.writer, self.directory = writer, writer.path
+        self.directory = directory
         self.units = cut_units(domains, role="items", unit_rows=ITEM_UNIT_ROWS)
         self.total = sum(domain.item_rows for domain in domains)
-        found = {m for domain in domains for m in domain.embeddings}
-        found |= {"text"} if any(d.encodes_text for d in domains) else set()
-        found |= {"image"} if any(d.picture_column for d in domains) else set()
         self.encoded = {m for m in ("text", "image") if any(self._encodes(d, m) for d in domains)}
+        found = {m for domain in domains for m in domain.embeddings} | self.encoded
         order = {"text": 0, "image": 1}
-        self.modalities = tuple(sorted(found, key=lambda m: (order.get(m, 2), m)))
+        self.modalities = tuple(
+            sorted(found if frozen is None else frozen.widths, key=lambda m: (order.get(m, 2), m))
+        )
+        self._widths = frozen.widths if frozen else {}
+        self._display = frozen.display if frozen else _display(domains)
         self.shards = -(-self.total * self._row_bytes() // self.catalog.shard_bytes)
 
     @staticmethod
     def _encodes(domain: Domain, modality: str) -> bool:
         return domain.encodes_text if modality == "text" else domain.picture_column is not None
 
-    def run(self) -> BuiltItems:
-        text = self._scan()
-        parts, counts, sizes = self._encode(text)
-        reasons = rejected.settle(
-            self.directory,
-            role="items",
-            domains=self.domains,
-            max_fraction=self.catalog.max_rejected_fraction,
-        )
-        first_row = np.concatenate([[0], np.cumsum(counts)])
-        num_items = int(first_row[-1])
-        if num_items == 0:
-            raise DataError(
-                "not a single item is good",
-                where=self.domains[0].items[0].path,
-                fix="see rejected/items.parquet",
-            )
-        widths = {
-            m: int(sizes[i, 0] // (2 * sizes[i, 1])) for i, m in enumerate(self.modalities) if sizes[i, 1]
-        }
-        hashes = self._store(parts, first_row, widths, sizes)
-        if text is not None:
-            self.writer.save_safetensors("encoder.safetensors", text.state())
-        duplicates = equal_content.write_duplicates(self.directory, num_items)
-        meta = {
-            "modalities": {
-                m: {"dim": widths[m], "present": int(sizes[i, 2]), "max_tokens": int(sizes[i, 3])}
-                for i, m in enumerate(self.modalities)
-                if m in widths
-            },
-            "num_items": num_items,
-            "num_duplicates": duplicates,
-            "structure_slots": self.catalog.structure_depth + 1,
-            "structure_buckets": self.catalog.structure_buckets,
-            "encoders": encoder_identity(
-                self.catalog, dims={m: w for m, w in widths.items() if m in self.encoded}
-            ),
-            "skipped_pictures": rejected.settle(
-                self.directory, role="pictures", domains=self.domains, max_fraction=float("inf")
-            )
-            if "image" in self.encoded
-            else {},
-        }
-        refused = rejected.item_hashes(self.directory) if reasons else np.zeros(0, np.uint64)
-        return BuiltItems(hashes, refused, reasons, meta)
-
     def _row_bytes(self) -> int:
         """Bytes of an item that lacks nothing, to cut the shards by: known before anything is encoded."""
         dims = {m: width for domain in self.domains for m, (_, width) in domain.embeddings.items()}
+        dims |= {m: width for m, width in self._widths.items() if m not in ("text", "image")}
         named = {
             "text": self.catalog.text.dim if self.catalog.text.encoder == BUILT_IN_TEXT else _UNKNOWN_DIM,
             "image": IMAGE_DIM if self.catalog.image.encoder == BUILT_IN_IMAGE else _UNKNOWN_DIM,
@@ -148,8 +127,19 @@ class _Build:
             )
         )
 
-    def _scan(self) -> HashedNgramEncoder | None:
-        count_words = self.catalog.text.encoder == BUILT_IN_TEXT and any(d.encodes_text for d in self.domains)
+    def scan(self, *, fit: bool) -> HashedNgramEncoder | None:
+        """Check that no two items share a hash.
+
+        Args:
+            fit: Whether the built-in text encoder is fitted on the items, where they need it.
+
+        Returns:
+            That encoder.
+
+        Raises:
+            DataError: An id occurs twice, or two ids have the same hash.
+        """
+        count_words = fit and self.catalog.text.encoder == BUILT_IN_TEXT and "text" in self.encoded
         partitions = -(-self.total // ITEMS_PER_CHECK)
         result = items.ScanResult()
         with self.ctx.progress(len(self.units), "reading items") as progress:
@@ -167,10 +157,15 @@ class _Build:
             return None
         return result.fit(dim=self.catalog.text.dim, seed=self.ctx.sub_seed("catalog/text"))
 
-    def _encode(
-        self, text: HashedNgramEncoder | None
-    ) -> tuple[Parts[pa.Table], NDArray[np.int64], NDArray[np.int64]]:
-        """Encoded items by shard, items of every shard [shards], and sizes by modality (see `ItemSplit`)."""
+    def encode(self, text: HashedNgramEncoder | None) -> EncodedItems:
+        """Encode all items; bad ones go to the rejected rows.
+
+        Args:
+            text: The built-in text encoder; None where text is not encoded with it.
+
+        Raises:
+            ConfigError: Unknown encoder.
+        """
         counts = np.zeros(self.shards, np.int64)
         sizes: list[NDArray[np.int64]] = []
         with self.ctx.progress(self.total, "encoding items") as progress:
@@ -185,10 +180,31 @@ class _Build:
                 items.ItemSplit(self.modalities, self.shards).split,
                 partitions=self.shards,
                 group=group_size(len(self.units), self.shards),
+                num_cpus=0,
                 add=add,
             )
         every = np.stack([*sizes, np.zeros((len(self.modalities), 4), np.int64)])
-        return parts, counts, np.concatenate([every[..., :3].sum(axis=0), every[..., 3:].max(axis=0)], axis=1)
+        sizes_of_all = np.concatenate([every[..., :3].sum(axis=0), every[..., 3:].max(axis=0)], axis=1)
+        return EncodedItems(parts, counts, sizes_of_all)
+
+    def settle(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Rows left out, and pictures that items go without, by reason.
+
+        Raises:
+            DataError: A domain has more bad rows than allowed.
+        """
+        reasons = rejected.settle(
+            self.directory,
+            role="items",
+            domains=self.domains,
+            max_fraction=self.catalog.max_rejected_fraction,
+        )
+        skipped = {}
+        if "image" in self.encoded:
+            skipped = rejected.settle(
+                self.directory, role="pictures", domains=self.domains, max_fraction=float("inf")
+            )
+        return reasons, skipped
 
     def _encoded(self, text: HashedNgramEncoder | None) -> Dataset:
         import ray
@@ -200,14 +216,9 @@ class _Build:
             actors=compute.encoder_actors, gpus_per_actor=compute.encoder_gpus,
             cpus_per_actor=compute.encoder_cpus,
         )  # fmt: skip
-        display = _display(self.domains)
+        device = pool.device if pool else "cpu"
         job = items.EncodeJob(
-            self.directory,
-            self.catalog,
-            self.domains,
-            self.modalities,
-            display,
-            pool.device if pool else "cpu",
+            self.directory, self.catalog, self.domains, self.modalities, self._display, device
         )
         reference = ray.put(text)
         if pool is not None:
@@ -223,45 +234,49 @@ class _Build:
 
         return unit_dataset(self.units).map_batches(encode, batch_size=None, batch_format="pyarrow")
 
-    def _store(
-        self,
-        parts: Parts[pa.Table],
-        first_row: NDArray[np.int64],
-        widths: dict[str, int],
-        sizes: NDArray[np.int64],
-    ) -> NDArray[np.uint64]:
-        import torch
 
-        num_items = int(first_row[-1])
-        hashes = new_array(self.directory, "hashes", np.uint64, num_items)
-        domain = new_array(self.directory, "item_domain", np.uint8, num_items)
-        names = tuple(d.name for d in self.domains)
-        job = ShardJob(self.directory, widths, names, first_row, self.catalog.block_bytes)
-        records = []
-        sums = {modality: np.zeros((2, width)) for modality, width in widths.items()}
-        with self.ctx.progress(num_items, "writing items") as progress:
-            for shard, result in enumerate(reduce(parts, job.write)):
-                if result is None:
-                    continue
-                span = slice(int(first_row[shard]), int(first_row[shard + 1]))
-                hashes[span], domain[span] = result["hashes"], result["domains"]
-                records.append(result["records"])
-                for modality, both in result["sums"].items():
-                    sums[modality] += both  # in the order of the shards: the same for any number of workers
-                progress.update(span.stop - span.start)
-        write_block_index(self.directory / "blocks.items.npy", records)
-        join_parts(self.directory, "items")
-        tensors = {}
-        for modality, (total, squares) in sums.items():
-            count = int(sizes[self.modalities.index(modality), 1])
-            mean = total / count
-            spread = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
-            tensors[f"mean.{modality}"] = torch.from_numpy(mean.astype(np.float32))
-            tensors[f"std.{modality}"] = torch.from_numpy(spread.astype(np.float32))
-        self.writer.save_safetensors("statistics.safetensors", tensors)
-        for array in (hashes, domain):
-            array.flush()  # type: ignore[attr-defined]
-        return hashes
+def build_items(
+    ctx: StageContext, config: RootConfig, domains: list[Domain], writer: ArtifactWriter
+) -> BuiltItems:
+    """Scan, encode, number and store the items of all domains.
+
+    Raises:
+        ConfigError: Unknown encoder.
+        DataError: An id occurs twice, too many rows are bad, or none is good.
+    """
+    steps, directory, catalog = ItemSteps(ctx, config, domains, writer.path), writer.path, config.catalog
+    text = steps.scan(fit=True)
+    encoded = steps.encode(text)
+    reasons, skipped = steps.settle()
+    first_row = np.concatenate([[0], np.cumsum(encoded.counts)])
+    num_items = int(first_row[-1])
+    if num_items == 0:
+        raise DataError(
+            "not a single item is good",
+            where=domains[0].items[0].path,
+            fix="see rejected/items.parquet",
+        )
+    sizes = dict(zip(steps.modalities, encoded.sizes.tolist(), strict=True))
+    widths = {m: stored // (2 * tokens) for m, (stored, tokens, _, _) in sizes.items() if tokens}
+    names = tuple(domain.name for domain in domains)
+    job = ShardJob(directory, widths, names, first_row, catalog.block_bytes)
+    hashes = store_items(ctx, writer, encoded.parts, job, tokens={m: sizes[m][1] for m in widths})
+    if text is not None:
+        writer.save_safetensors("encoder.safetensors", text.state())
+    meta = {
+        "modalities": {
+            m: {"dim": width, "present": sizes[m][2], "max_tokens": sizes[m][3]}
+            for m, width in widths.items()
+        },
+        "num_items": num_items,
+        "num_duplicates": equal_content.write_duplicates(directory, num_items),
+        "structure_slots": catalog.structure_depth + 1,
+        "structure_buckets": catalog.structure_buckets,
+        "encoders": encoder_identity(catalog, dims={m: w for m, w in widths.items() if m in steps.encoded}),
+        "skipped_pictures": skipped,
+    }
+    refused = rejected.item_hashes(directory) if reasons else np.zeros(0, np.uint64)
+    return BuiltItems(hashes, refused, reasons, meta)
 
 
 def _display(domains: list[Domain]) -> pa.Schema:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -124,49 +124,14 @@ def read_contract(data: DataConfig, catalog: CatalogConfig) -> list[Domain]:
         )
     if len(data.domains) > 255:
         raise ConfigError("more than 255 domains", where="data.domains", fix="merge some of them")
-    attributes = dict.fromkeys(catalog.text.attributes, _ATTRIBUTE)
     domains = []
     for number, (name, place) in enumerate(data.domains.items()):
-        items = list_files(place.items, where=f"data.domains.{name}.items")
-        interactions = list_files(place.interactions, where=f"data.domains.{name}.interactions")
-        schema, item_rows = _check_files(items, ITEM_COLUMNS | attributes, required=("item_id",))
-        _, interaction_rows = _check_files(
-            interactions, INTERACTION_COLUMNS, required=tuple(INTERACTION_COLUMNS)
-        )
-        for rows, place_name, files in (
-            (item_rows, "items", items),
-            (interaction_rows, "interactions", interactions),
-        ):
-            if rows == 0:
-                raise DataError(
-                    f"there is not a single row of {place_name}",
-                    where=files[0].path,
-                    fix=f"bring {place_name}",
-                )
-        embeddings = {}
-        for column in schema.names:
-            if column.endswith(EMBEDDING) and column not in ITEM_COLUMNS:
-                modality = _modality(column, schema.field(column).type, items[0].path)
-                embeddings[modality] = (column, _width(items, column))
-        known = {*ITEM_COLUMNS, *(column for column, _ in embeddings.values())}
-        domain = Domain(
-            number, name, tuple(items), tuple(interactions),
-            columns=tuple(c for c in ITEM_COLUMNS if c in schema.names),
-            embeddings=embeddings,
-            display=pa.schema([f.remove_metadata() for f in schema if f.name not in known]),
-            item_rows=item_rows,
-            interaction_rows=interaction_rows,
-            attributes=tuple(c for c in attributes if c in schema.names and c not in known),
-        )  # fmt: skip
-        if domain.picture_column == "image_path" and not (catalog.image.roots or catalog.image.hosts):
-            raise ConfigError(
-                f"the items of {name!r} have image_path, but no place is allowed to be read",
-                where="catalog.image.roots",
-                fix="list the folders or s3:// and gs:// prefixes the pictures lie in, or their http(s):// "
-                "hosts in catalog.image.hosts, or put the picture itself into a column `image`",
-            )
-        domains.append(domain)
-    for column in attributes:
+        domain = read_items(number, name, place.items, catalog=catalog, where=f"data.domains.{name}.items")
+        files = list_files(place.interactions, where=f"data.domains.{name}.interactions")
+        _, rows = _check_files(files, INTERACTION_COLUMNS, required=tuple(INTERACTION_COLUMNS))
+        _refuse_empty(rows, "interactions", files)
+        domains.append(replace(domain, interactions=tuple(files), interaction_rows=rows))
+    for column in catalog.text.attributes:
         if not any(column in domain.attributes for domain in domains):
             further = sorted({name for domain in domains for name in domain.display.names})
             raise ConfigError(
@@ -176,6 +141,53 @@ def read_contract(data: DataConfig, catalog: CatalogConfig) -> list[Domain]:
             )
     _check_agreement(domains)
     return domains
+
+
+def read_items(number: int, name: str, place: str, *, catalog: CatalogConfig, where: str) -> Domain:
+    """A domain by its items alone, without interactions.
+
+    Args:
+        number: Number of the domain.
+        name: Its name.
+        place: File, folder or glob.
+        catalog: The catalogue's configuration.
+        where: What names the place, for the error message.
+
+    Raises:
+        ConfigError: `image_path` without allowed places.
+        DataError: A file or column is missing or has the wrong type, or there is no row.
+    """
+    files = list_files(place, where=where)
+    attributes = dict.fromkeys(catalog.text.attributes, _ATTRIBUTE)
+    schema, rows = _check_files(files, ITEM_COLUMNS | attributes, required=("item_id",))
+    _refuse_empty(rows, "items", files)
+    embeddings = {}
+    for column in schema.names:
+        if column.endswith(EMBEDDING) and column not in ITEM_COLUMNS:
+            modality = _modality(column, schema.field(column).type, files[0].path)
+            embeddings[modality] = (column, _width(files, column))
+    known = {*ITEM_COLUMNS, *(column for column, _ in embeddings.values())}
+    domain = Domain(
+        number, name, tuple(files), (),
+        columns=tuple(c for c in ITEM_COLUMNS if c in schema.names),
+        embeddings=embeddings,
+        display=pa.schema([f.remove_metadata() for f in schema if f.name not in known]),
+        item_rows=rows,
+        attributes=tuple(c for c in attributes if c in schema.names and c not in known),
+    )  # fmt: skip
+    if domain.picture_column == "image_path" and not (catalog.image.roots or catalog.image.hosts):
+        raise ConfigError(
+            f"the items of {name!r} have image_path, but no place is allowed to be read",
+            where="catalog.image.roots",
+            fix="list the folders or s3:// and gs:// prefixes the pictures lie in, or their http(s):// "
+            "hosts in catalog.image.hosts, or put the picture itself into a column `image`",
+        )
+    return domain
+
+
+def _refuse_empty(rows: int, role: str, files: list[SourceFile]) -> None:
+    if rows == 0:
+        raise DataError(f"there is not a single row of {role}", where=files[0].path, fix=f"bring {role}")
 
 
 def _check_files(

@@ -56,6 +56,7 @@ def exchange(
     *,
     partitions: int,
     group: int = 1,
+    num_cpus: float = 1,
     add: Callable[[Summary], None] | None = None,
 ) -> Parts[Part]:
     """Split all sources into `partitions` parts, some sources in each task.
@@ -66,6 +67,8 @@ def exchange(
         split: Called with `group` sources; returns a part for every partition, and a summary.
         partitions: Number of partitions.
         group: Sources per task (see `group_size`).
+        num_cpus: CPUs that a task asks for; 0 where actors that make the sources may hold all there are: it
+            then runs beside them, and what they made does not pile up.
         add: Called with every summary, in the order in which the tasks end.
 
     Returns:
@@ -78,7 +81,7 @@ def exchange(
         assert len(parts) == partitions
         return [summary, *parts]
 
-    remote = ray.remote(task).options(num_returns=partitions + 1)
+    remote = ray.remote(task).options(num_returns=partitions + 1, num_cpus=num_cpus)
     shared = ray.put(split)
     limit = _in_flight()
     outputs: list[list[Any]] = []

@@ -209,18 +209,27 @@ class ItemSplit:
         """Rows by shard, and their sizes.
 
         Returns:
-            A table per shard; `counts` int64 [shards], and `sizes` int64 [modalities, 4]: bytes, tokens,
-            items that have some, most tokens of one item.
+            A table per shard; `counts` int64 [shards], and `sizes`: `token_sizes`.
         """
         table = pa.concat_tables(blocks)
         shard = range_of(np.asarray(table["hash"], dtype=np.uint64), self.shards)
-        sizes = []
-        for modality in self.modalities:
-            tokens = np.asarray(table[f"tokens.{modality}"], dtype=np.int64)
-            stored = int(pc.sum(pc.binary_length(table[f"feature.{modality}"])).as_py() or 0)
-            sizes.append([stored, int(tokens.sum()), int((tokens > 0).sum()), int(tokens.max(initial=0))])
         summary = {
             "counts": np.bincount(shard, minlength=self.shards).astype(np.int64),
-            "sizes": np.array(sizes, dtype=np.int64).reshape(-1, 4),
+            "sizes": token_sizes(table, self.modalities),
         }
         return split_by(table, shard, self.shards), summary
+
+
+def token_sizes(table: pa.Table, modalities: tuple[str, ...]) -> NDArray[np.int64]:
+    """Bytes, tokens, items that have some, and most tokens of one item, int64 [modalities, 4].
+
+    Args:
+        table: Encoded items.
+        modalities: Names of all modalities.
+    """
+    sizes = []
+    for modality in modalities:
+        tokens = np.asarray(table[f"tokens.{modality}"], dtype=np.int64)
+        stored = int(pc.sum(pc.binary_length(table[f"feature.{modality}"])).as_py() or 0)
+        sizes.append([stored, int(tokens.sum()), int((tokens > 0).sum()), int(tokens.max(initial=0))])
+    return np.array(sizes, dtype=np.int64).reshape(-1, 4)

@@ -16,6 +16,8 @@ from qbrec.catalog.parts import write_part
 from qbrec.storage.block_format import BLOCKS_PER_SHARD
 from qbrec.storage.blocks import BlockTarWriter
 
+_OURS = ("row", "domain", "item_id", "title", "brand", "categories")
+
 
 @dataclass(frozen=True)
 class ShardJob:
@@ -25,9 +27,10 @@ class ShardJob:
         directory: The artifact under construction (on storage that all workers see).
         widths: Width of every modality that some item has.
         domain_names: Name of every domain, by number.
-        first_row: Row of the first item of every shard, int64 [shards + 1].
+        first_row: Row of the first item of every shard, int64 [shards + 1]. Items that have their rows
+            already (a column `row`) keep them and are ordered by them; then it counts them only.
         block_bytes: About how large a block is.
-        first_shard: Number of shard 0: a later generation goes on where its parent ended.
+        prefix: Of the tars and of the Arrow file.
     """
 
     directory: Path
@@ -35,17 +38,17 @@ class ShardJob:
     domain_names: tuple[str, ...]
     first_row: NDArray[np.int64]
     block_bytes: int
-    first_shard: int = 0
+    prefix: str = "items"
 
     def write(self, shard: int, tables: list[pa.Table]) -> dict[str, Any] | None:
-        """Write `items-<shard>.tar` and its part of items.arrow.
+        """Write `<prefix>-<shard>.tar` and its part of `<prefix>.arrow`.
 
         Args:
             shard: Number of the shard.
             tables: Encoded items of the shard, as `ItemSplit` cut them, in any order.
 
         Returns:
-            Records of the blocks, hashes and domains of the items in the order of their rows, sums by
+            Records of the blocks; rows, hashes and domains of the items in the order of their rows; sums by
             modality; None for a shard without items.
         """
         table = pa.concat_tables(tables)
@@ -54,22 +57,24 @@ class ShardJob:
         if n == 0:
             return None
         hashes = np.asarray(table["hash"], dtype=np.uint64)
-        order = np.argsort(hashes, kind="stable")
+        kept = np.asarray(table["row"], dtype=np.int64) if "row" in table.column_names else None
+        key = hashes if kept is None else kept
+        order = np.argsort(key, kind="stable")
         hashes = hashes[order]
-        assert (hashes[1:] > hashes[:-1]).all(), "the scan has refused equal hashes"
+        assert (np.diff(key[order]) > 0).all(), "the scan has refused equal hashes"
+        rows = np.arange(first, first + n) if kept is None else kept[order]
         table = table.combine_chunks()
         content = np.asarray(table["content"], dtype=np.int64)[order]
         domains = np.asarray(table["domain"], dtype=np.uint8)[order]
         sums = {modality: np.zeros((2, width)) for modality, width in self.widths.items()}
-        number = self.first_shard + shard
         # Streams block by block: a shard in memory twice is enough.
         with BlockTarWriter(
-            self.directory, prefix="items", first_shard=number, shard_bytes=1 << 62
+            self.directory, prefix=self.prefix, first_shard=shard, shard_bytes=1 << 62
         ) as writer:
             for begin, end in self._blocks(table, order):
                 part = table.take(pa.array(order[begin:end]))
                 fields: dict[str, NDArray[Any]] = {
-                    "row": np.arange(first + begin, first + end),
+                    "row": rows[begin:end],
                     "domain": domains[begin:end],
                     "structure": _structure(part),
                     "content": content[begin:end],
@@ -82,8 +87,10 @@ class ShardJob:
                     sums[modality] += np.stack([wide.sum(axis=0), np.square(wide).sum(axis=0)])
                 writer.add(fields, end - begin)
             records = writer.close()
-        self._write_display(table, order, first, number)
-        return {"records": records, "hashes": hashes, "domains": domains, "sums": sums}
+        light = table.drop_columns([c for c in table.column_names if c.startswith(("feature.", "tokens."))])
+        display = display_table(light.take(pa.array(order)), rows, self.domain_names)
+        write_part(display, self.directory / f"{self.prefix}.part-{shard:06d}.tmp")
+        return {"records": records, "rows": rows, "hashes": hashes, "domains": domains, "sums": sums}
 
     def _blocks(self, table: pa.Table, order: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Where blocks of about `block_bytes` begin and end."""
@@ -97,19 +104,29 @@ class ShardJob:
         bounds = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(order)]
         return list(pairwise(bounds))
 
-    def _write_display(self, table: pa.Table, order: NDArray[np.int64], first: int, number: int) -> None:
-        kept = ["domain", "item_id", "title", "brand", "categories"]
-        table = table.select([*kept, *(c for c in table.column_names if c.startswith(DISPLAY))])
-        table = table.take(pa.array(order))
-        domain = pa.array(self.domain_names).take(table["domain"].combine_chunks())
-        columns: dict[str, Any] = {"row": np.arange(first, first + len(order)), "domain": domain}
-        columns |= {name: table[name] for name in kept[1:]}
-        # A column of the input that bears one of our names would shadow it.
-        for name in table.column_names:
-            if name.startswith(DISPLAY):
-                own = name.removeprefix(DISPLAY)
-                columns[own if own not in columns else f"input.{own}"] = table[name]
-        write_part(pa.table(columns), self.directory / f"items.part-{number:06d}.tmp")
+
+def display_table(table: pa.Table, rows: NDArray[np.int64], domain_names: tuple[str, ...]) -> pa.Table:
+    """What is kept to show of encoded items: row, domain, item_id, title, brand, categories, further columns.
+
+    Args:
+        table: n encoded items.
+        rows: Their rows, int64 [n].
+        domain_names: Name of every domain, by number.
+    """
+    kept = ("item_id", "title", "brand", "categories")
+    domain = pa.array(domain_names).take(table["domain"].combine_chunks())
+    columns: dict[str, Any] = {"row": rows, "domain": domain} | {name: table[name] for name in kept}
+    columns |= {
+        stored_name(name.removeprefix(DISPLAY)): table[name]
+        for name in table.column_names
+        if name.startswith(DISPLAY)
+    }
+    return pa.table(columns)
+
+
+def stored_name(column: str) -> str:
+    """Name under which a further column of the input is kept: one that bears one of ours would shadow it."""
+    return f"input.{column}" if column in _OURS else column
 
 
 def _structure(part: pa.Table) -> NDArray[np.int32]:

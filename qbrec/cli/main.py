@@ -14,7 +14,9 @@ from qbrec.errors import QbrecError
 _COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "The whole road: catalog to registered model and report."),
     "synth": ("synth", "Write a synthetic catalogue with a known truth."),
+    "import": ("importer", "Write the input contract from Amazon Reviews, MovieLens or CSV."),
     "catalog": ("stages", "Stage 0: validate, index, encode, group users."),
+    "append": ("append", "Add, change and retire items of a finished catalogue."),
     "fuse": ("stages", "Stage 1: one fused vector per item."),
     "quantize": ("stages", "Stage 2: codebooks and semantic IDs."),
     "pretrain": ("stages", "Stage 3: masked pretraining on all domains."),
@@ -28,6 +30,8 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "Write the run's HTML report."),
     "track": ("track", "Send to MLflow what it missed of a run."),
 }
+# Where a command's name is a keyword of Python, its function bears another.
+_FUNCTIONS = {"import": "importer"}
 
 
 class LazyGroup(click.Group):
@@ -42,7 +46,7 @@ class LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"qbrec.cli.{_COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, _FUNCTIONS.get(cmd_name, cmd_name))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

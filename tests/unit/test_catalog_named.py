@@ -22,6 +22,7 @@ from qbrec.catalog.named import NamedImageEncoder, NamedTextEncoder, image_encod
 from qbrec.catalog.pool import EncoderPool, encoder_pool
 from qbrec.config.sections import CatalogConfig, ComputeConfig, ImageConfig, TextConfig
 from qbrec.errors import ConfigError, LaunchError
+from tests.support.tiny_encoders import save_bert, save_clip
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -190,58 +191,17 @@ def test_the_size_of_a_pool() -> None:
 
 # ---- Tiny models with random weights, through the real packages. ----
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "paint", "brush", "for", "walls", "[END]"]
-
-
-def tokenizer(transformers: Any, pad: str, last: str) -> Any:
-    from tokenizers import Tokenizer, processors
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    number = {word: i for i, word in enumerate(WORDS)}
-    words = Tokenizer(WordLevel(number, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single=f"[CLS] $A {last}", special_tokens=[("[CLS]", 2), (last, number[last])]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token=pad, cls_token="[CLS]", eos_token=last
-    )
-
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers", reason="the extra `encode` is not installed")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.CLIPConfig(
-        text_config=sizes | {"vocab_size": 11, "max_position_embeddings": 12, "eos_token_id": 10,
-                             "bos_token_id": 2, "pad_token_id": 10},
-        vision_config=sizes | {"image_size": 32, "patch_size": 8},
-        projection_dim=8,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("clip")
-    transformers.CLIPModel(config).save_pretrained(path)
-    tokenizer(transformers, "[END]", "[END]").save_pretrained(path)
-    transformers.CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    ).save_pretrained(path)
-    return path
+    pytest.importorskip("transformers", reason="the extra `encode` is not installed")
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers", reason="the extra `encode` is not installed")
     pytest.importorskip("sentence_transformers", reason="the extra `encode` is not installed")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("bert")
-    transformers.BertModel(config).save_pretrained(path)
-    tokenizer(transformers, "[PAD]", "[SEP]").save_pretrained(path)
-    return path
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 TEXTS = [

@@ -1,0 +1,1 @@
+"""Public data sets and plain CSV → the input contract (items.parquet, interactions.parquet)."""
