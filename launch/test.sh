@@ -16,7 +16,7 @@ step() {
     echo "== done in $((SECONDS - start)) s"
 }
 
-install_qbrec dev
+install_qbrec dev,encode
 cd "$ROOT"
 if [[ "${1:-}" == "--slow" ]]; then
     shift

@@ -161,7 +161,7 @@ class Pipeline:
 
     def _fingerprint(self) -> str:
         """Identity of all that the catalogue reads: the input's files and local encoders."""
-        from qbrec.catalog.models import local_models
+        from qbrec.catalog.encoders.models import local_models
         from qbrec.catalog.sources import source_fingerprint
 
         return source_fingerprint(self.config.data, models=local_models(self.config.catalog))

@@ -13,17 +13,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from qbrec.catalog import equal_content, items, rejected
+from qbrec.catalog import items, rejected
+from qbrec.catalog.append.frozen import Frozen
 from qbrec.catalog.contract import Domain
+from qbrec.catalog.duplicates import equal_content
+from qbrec.catalog.encoders.image import DIM as IMAGE_DIM
+from qbrec.catalog.encoders.models import BUILT_IN_IMAGE, BUILT_IN_TEXT, encoder_identity
+from qbrec.catalog.encoders.pool import encoder_pool
+from qbrec.catalog.encoders.text import HashedNgramEncoder
 from qbrec.catalog.exchange import Parts, exchange, group_size, reduce
-from qbrec.catalog.frozen import Frozen
-from qbrec.catalog.image import DIM as IMAGE_DIM
 from qbrec.catalog.index import Uniqueness
-from qbrec.catalog.models import BUILT_IN_IMAGE, BUILT_IN_TEXT, encoder_identity
-from qbrec.catalog.pool import encoder_pool
 from qbrec.catalog.shards import ShardJob
 from qbrec.catalog.store_items import store_items
-from qbrec.catalog.text import HashedNgramEncoder
 from qbrec.catalog.units import ITEM_UNIT_ROWS, blocks_of, cut_units, unit_dataset
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext

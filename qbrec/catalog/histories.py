@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from qbrec.catalog import rejected
 from qbrec.catalog.contract import Domain
+from qbrec.catalog.encoders.fields import strings
 from qbrec.catalog.exchange import fetch, range_of, split_by
-from qbrec.catalog.fields import strings
 from qbrec.catalog.index import distinct_rows
 from qbrec.catalog.parts import write_part
 from qbrec.catalog.units import read_unit

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.fields import strings
+from qbrec.catalog.encoders.fields import strings
 from qbrec.catalog.units import read_unit
 from qbrec.errors import DataError
 from qbrec.storage.hashing import hash64, rows_of

@@ -14,11 +14,17 @@ from numpy.typing import NDArray
 
 from qbrec.catalog import rejected
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.encode import ItemEncoder, skipped_pictures
+from qbrec.catalog.encoders.encode import ItemEncoder, skipped_pictures
+from qbrec.catalog.encoders.fields import category_paths, item_texts, strings
+from qbrec.catalog.encoders.ngrams import NUM_BUCKETS
+from qbrec.catalog.encoders.text import (
+    FIELDS,
+    SAMPLE_TEXTS,
+    HashedNgramEncoder,
+    document_frequencies,
+    normalise,
+)
 from qbrec.catalog.exchange import range_of, split_by
-from qbrec.catalog.fields import category_paths, item_texts, strings
-from qbrec.catalog.ngrams import NUM_BUCKETS
-from qbrec.catalog.text import FIELDS, SAMPLE_TEXTS, HashedNgramEncoder, document_frequencies, normalise
 from qbrec.catalog.units import ITEM_UNIT_ROWS, read_unit
 from qbrec.config.sections import CatalogConfig
 from qbrec.storage.hashing import hash64, hash_bytes

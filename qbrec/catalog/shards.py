@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from qbrec.catalog.encode import DISPLAY, from_binary
+from qbrec.catalog.encoders.encode import DISPLAY, from_binary
 from qbrec.catalog.parts import write_part
 from qbrec.storage.block_format import BLOCKS_PER_SHARD
 from qbrec.storage.blocks import BlockTarWriter

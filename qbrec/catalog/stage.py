@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from qbrec.catalog.build_histories import build_histories
 from qbrec.catalog.build_items import build_items
 from qbrec.catalog.contract import read_contract
-from qbrec.catalog.near_duplicates import build_near_duplicates
+from qbrec.catalog.duplicates.near_duplicates import build_near_duplicates
 from qbrec.catalog.units import ray_errors
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext

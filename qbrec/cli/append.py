@@ -10,7 +10,7 @@ import click
 from qbrec.cli.options import config_options
 
 if TYPE_CHECKING:
-    from qbrec.catalog.append import Request
+    from qbrec.catalog.append.run import Request
     from qbrec.config import RootConfig
     from qbrec.storage.artifact import Artifact
     from qbrec.storage.generations import GenerationsView
@@ -54,7 +54,7 @@ def append(
         raise click.UsageError("Nothing to append: name --items, --retire or both.")
     if snapshot and items is None:
         raise click.UsageError("--snapshot needs --items: all items that the domain has.")
-    from qbrec.catalog.append import Request
+    from qbrec.catalog.append.run import Request
     from qbrec.config import load_config
 
     config = load_config(config_path, overrides=overrides)
@@ -91,8 +91,8 @@ def append_generation(config: RootConfig, request: Request) -> tuple[Artifact, G
     """
     from dataclasses import replace
 
-    from qbrec.catalog.append import build_generation, generation_key, recipe_of
-    from qbrec.catalog.frozen import frozen_config
+    from qbrec.catalog.append.frozen import frozen_config
+    from qbrec.catalog.append.run import build_generation, generation_key, recipe_of
     from qbrec.config import load_config
     from qbrec.engine.context import StageContext
     from qbrec.errors import DataError

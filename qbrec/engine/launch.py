@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 import qbrec.errors
 from qbrec.config import RootConfig, parse_config
 from qbrec.engine.progress import ProgressWatcher
-from qbrec.engine.worker import Order, error_file, join_group, run_order, save_error
+from qbrec.engine.worker import Order, error_file, join_group, leave_group, run_order, save_error
 from qbrec.errors import LaunchError, QbrecError
 
 
@@ -58,7 +56,7 @@ def process_group(config: RootConfig) -> Iterator[None]:
         yield
     finally:
         if joined:
-            dist.destroy_process_group()
+            leave_group()
 
 
 def _launch_ray(order: Order, config: RootConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,16 @@ def join_group(config: RootConfig) -> bool:
         os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     return True
+
+
+def leave_group() -> None:
+    """Leave the process group that `join_group` joined, so that this process can join another one later."""
+    # DeepSpeed remembers groups of its own: left to torch, they would be used in the next run and are gone.
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def save_error(order: Order, error: QbrecError) -> None:

@@ -20,8 +20,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from qbrec.catalog.encoders.text import HashedNgramEncoder, normalise
 from qbrec.catalog.synth import generate
-from qbrec.catalog.text import HashedNgramEncoder, normalise
 from qbrec.cli.append import append
 from qbrec.config import load_config
 from qbrec.errors import ConfigError, DataError

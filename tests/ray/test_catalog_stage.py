@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 
+from qbrec.catalog.encoders.text import HashedNgramEncoder
 from qbrec.catalog.stage import run
 from qbrec.catalog.synth import SyntheticSummary, generate
-from qbrec.catalog.text import HashedNgramEncoder
 from qbrec.config import RootConfig, parse_config
 from qbrec.engine.context import StageContext
 from qbrec.errors import DataError
@@ -77,7 +77,7 @@ def test_rows_are_in_the_order_of_the_hash(shop: SyntheticSummary, whole: Artifa
 
 
 def test_features_are_those_of_the_frozen_encoder(shop: SyntheticSummary, whole: Artifact) -> None:
-    from qbrec.catalog.ngrams import normalise
+    from qbrec.catalog.encoders.ngrams import normalise
 
     view = CatalogView(whole)
     encoder = HashedNgramEncoder.from_state(whole.load_safetensors("encoder.safetensors"))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from qbrec.catalog import build_items
-from qbrec.catalog.named import NamedImageEncoder, NamedTextEncoder
+from qbrec.catalog.encoders.named import NamedImageEncoder, NamedTextEncoder
 from qbrec.catalog.stage import run
 from qbrec.config import parse_config
 from qbrec.engine.context import StageContext

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qbrec.catalog import near_duplicates
+from qbrec.catalog.duplicates import near_duplicates
 from qbrec.catalog.stage import run
 from qbrec.config import parse_config
 from qbrec.engine.context import StageContext

@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -149,8 +150,12 @@ print(json.dumps([out.to_dict("list"), qbrec.__file__]))
         assert done.returncode == 0, done.stderr
         served, where = json.loads(done.stdout.splitlines()[-1])
         expected = recommender.recommend(histories, k=7, keep_seen=True)
-        for column in ("item_id", "title", "semantic_id", "label", "score"):
+        for column in ("item_id", "title", "semantic_id", "label"):
             assert served[column] == [[item[column] for item in items] for items in expected]  # type: ignore[literal-required]
+        # The other process may have another number of threads, which sum in another order.
+        np.testing.assert_allclose(
+            served["score"], [[i["score"] for i in items] for items in expected], rtol=1e-5
+        )
         assert "mlartifacts" in where or "code" in where
 
     def test_over_http(

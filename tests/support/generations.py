@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from qbrec.catalog.classify import ClassifyJob
-from qbrec.catalog.encode import as_binary
+from qbrec.catalog.append.classify import ClassifyJob
+from qbrec.catalog.encoders.encode import as_binary
 from qbrec.catalog.parts import join_parts
 from qbrec.catalog.shards import ShardJob
 from qbrec.storage.artifact import Artifact, ArtifactStore, ArtifactWriter

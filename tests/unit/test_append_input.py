@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qbrec.catalog.append import Request
-from qbrec.catalog.frozen import frozen_config, read_new_items
-from qbrec.catalog.retire import read_ids, rows_to_retire
+from qbrec.catalog.append.frozen import frozen_config, read_new_items
+from qbrec.catalog.append.retire import read_ids, rows_to_retire
+from qbrec.catalog.append.run import Request
 from qbrec.config.sections import CatalogConfig, ImageConfig
 from qbrec.errors import DataError
 from qbrec.storage.artifact import Artifact, ArtifactStore

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from qbrec.catalog.content import hash_sequences, hash_vectors
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.encode import ItemEncoder, as_binary, from_binary, skipped_pictures
-from qbrec.catalog.fields import attribute_texts, category_paths, item_texts, text_tokens
-from qbrec.catalog.image import (
+from qbrec.catalog.encoders.content import hash_sequences, hash_vectors
+from qbrec.catalog.encoders.encode import ItemEncoder, as_binary, from_binary, skipped_pictures
+from qbrec.catalog.encoders.fields import attribute_texts, category_paths, item_texts, text_tokens
+from qbrec.catalog.encoders.image import (
     DIM,
     SIDE,
     BadImageError,
@@ -26,10 +26,10 @@ from qbrec.catalog.image import (
     picture_tokens,
     pixel_statistics,
 )
-from qbrec.catalog.ngrams import NUM_BUCKETS
+from qbrec.catalog.encoders.ngrams import NUM_BUCKETS
+from qbrec.catalog.encoders.text import FIELDS, HashedNgramEncoder
+from qbrec.catalog.encoders.vectors import as_vectors
 from qbrec.catalog.synth_items import encode_png
-from qbrec.catalog.text import FIELDS, HashedNgramEncoder
-from qbrec.catalog.vectors import as_vectors
 from qbrec.config.sections import CatalogConfig, ImageConfig, TextConfig
 from qbrec.storage.hashing import hash64, hash_bytes
 
@@ -325,7 +325,7 @@ def test_no_picture_is_read_for_a_row_that_is_bad_anyway(tmp_path: Path) -> None
 
 
 def test_a_large_jpeg_keeps_what_a_named_encoder_looks_at() -> None:
-    from qbrec.catalog.image import open_picture
+    from qbrec.catalog.encoders.image import open_picture
 
     buffer = io.BytesIO()
     Image.new("RGB", (2048, 2048)).save(buffer, format="JPEG")

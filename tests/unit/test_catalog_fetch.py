@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from qbrec.catalog import rejected
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.encode import ItemEncoder, skipped_pictures
-from qbrec.catalog.fetch import PictureReader
-from qbrec.catalog.image import BadImageError
+from qbrec.catalog.encoders.encode import ItemEncoder, skipped_pictures
+from qbrec.catalog.encoders.fetch import PictureReader
+from qbrec.catalog.encoders.image import BadImageError
+from qbrec.catalog.encoders.web import Address, WebFetcher, is_public
 from qbrec.catalog.synth_items import encode_png
-from qbrec.catalog.web import Address, WebFetcher, is_public
 from qbrec.config.sections import CatalogConfig, ImageConfig
 
 Answer = Callable[[BaseHTTPRequestHandler], None]

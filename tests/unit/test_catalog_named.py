@@ -14,12 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
-from qbrec.catalog import models
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.encode import ItemEncoder, from_binary
-from qbrec.catalog.models import check_named, encoder_identity, folder_hash, local_models, model_folder
-from qbrec.catalog.named import NamedImageEncoder, NamedTextEncoder, image_encoder, precision_of, text_encoder
-from qbrec.catalog.pool import EncoderPool, encoder_pool
+from qbrec.catalog.encoders import models
+from qbrec.catalog.encoders.encode import ItemEncoder, from_binary
+from qbrec.catalog.encoders.models import (
+    check_named,
+    encoder_identity,
+    folder_hash,
+    local_models,
+    model_folder,
+)
+from qbrec.catalog.encoders.named import (
+    NamedImageEncoder,
+    NamedTextEncoder,
+    image_encoder,
+    precision_of,
+    text_encoder,
+)
+from qbrec.catalog.encoders.pool import EncoderPool, encoder_pool
 from qbrec.config.sections import CatalogConfig, ComputeConfig, ImageConfig, TextConfig
 from qbrec.errors import ConfigError, LaunchError
 from tests.support.tiny_encoders import save_bert, save_clip

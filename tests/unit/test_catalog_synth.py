@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from qbrec.catalog.image import decode
+from qbrec.catalog.encoders.image import decode
 from qbrec.catalog.synth import SyntheticSummary, generate
 from qbrec.errors import ConfigError
 

@@ -18,9 +18,9 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from qbrec.catalog.ngrams import ngram_counts, normalise
+from qbrec.catalog.encoders.ngrams import ngram_counts, normalise
+from qbrec.catalog.encoders.text import FIELDS, HashedNgramEncoder, document_frequencies
 from qbrec.catalog.synth import generate
-from qbrec.catalog.text import FIELDS, HashedNgramEncoder, document_frequencies
 
 
 def clean(*texts: str | None) -> pa.Array:

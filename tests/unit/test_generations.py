@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbrec.catalog.classify import equal_values
+from qbrec.catalog.append.classify import equal_values
 from qbrec.errors import DataError
 from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.blocks import RaggedField

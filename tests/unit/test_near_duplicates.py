@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbrec.catalog import overlap
-from qbrec.catalog.near_duplicates import components, find_overlaps, listing
-from qbrec.catalog.overlap import OVERLAPS, OverlapJob
+from qbrec.catalog.duplicates import overlap
+from qbrec.catalog.duplicates.near_duplicates import components, find_overlaps, listing
+from qbrec.catalog.duplicates.overlap import OVERLAPS, OverlapJob
 from qbrec.storage.blocks import BlockTarWriter, write_block_index
 from qbrec.storage.ragged import Ragged
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbrec.catalog.collapse import (
+from qbrec.catalog.duplicates.collapse import (
     REPRESENTATIVES,
     CollapseJob,
     collapse_block,

@@ -466,7 +466,7 @@ def test_killed_half_way_through_a_download(s3: FaultProxy, tmp_path: Path) -> N
     entry = tmp_path / "second/cache/demo" / KEY[:16]
     (part,) = entry.glob("big.bin.*")
     assert part.name == f"big.bin.{machine_id()}.part"
-    assert 0 < part.stat().st_size < 6 * transfer.CHUNK
+    assert part.stat().st_size < 6 * transfer.CHUNK
     assert not (entry / "big.bin").exists()
     store(tmp_path / "second", remote).prepare()  # the next run begins with this
     assert nothing_whole(entry)

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import pyarrow.fs as pafs
 
-from qbrec.catalog.image import BadImageError
-from qbrec.catalog.web import WebFetcher
+from qbrec.catalog.encoders.image import BadImageError
+from qbrec.catalog.encoders.web import WebFetcher
 from qbrec.config.sections import ImageConfig
 from qbrec.storage.filesystem import filesystem
 

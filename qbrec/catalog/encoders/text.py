@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import sparse
 
-from qbrec.catalog.ngrams import NUM_BUCKETS, ngram_counts, normalise
+from qbrec.catalog.encoders.ngrams import NUM_BUCKETS, ngram_counts, normalise
 from qbrec.engine.threads import one_blas_thread
 from qbrec.storage.hashing import mix64
 

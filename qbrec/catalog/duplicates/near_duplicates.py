@@ -29,8 +29,13 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from qbrec.catalog.collapse import REPRESENTATIVES, CollapseJob, collapse_histories, representatives
-from qbrec.catalog.overlap import OVERLAPS, OverlapJob
+from qbrec.catalog.duplicates.collapse import (
+    REPRESENTATIVES,
+    CollapseJob,
+    collapse_histories,
+    representatives,
+)
+from qbrec.catalog.duplicates.overlap import OVERLAPS, OverlapJob
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
 from qbrec.errors import DataError

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from qbrec.catalog.text import FIELDS, normalise
+from qbrec.catalog.encoders.text import FIELDS, normalise
 
 
 def strings(table: pa.Table, column: str) -> pa.Array:

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from qbrec.catalog.content import hash_sequences
 from qbrec.catalog.contract import is_list
-from qbrec.catalog.fetch import PictureReader
-from qbrec.catalog.fields import flat
-from qbrec.catalog.image import BadImageError, decode_parts, open_picture, picture_tokens
-from qbrec.catalog.models import BUILT_IN_IMAGE
-from qbrec.catalog.named import image_encoder
+from qbrec.catalog.encoders.content import hash_sequences
+from qbrec.catalog.encoders.fetch import PictureReader
+from qbrec.catalog.encoders.fields import flat
+from qbrec.catalog.encoders.image import BadImageError, decode_parts, open_picture, picture_tokens
+from qbrec.catalog.encoders.models import BUILT_IN_IMAGE
+from qbrec.catalog.encoders.named import image_encoder
 from qbrec.config.sections import ImageConfig
 from qbrec.storage.hashing import hash_bytes
 

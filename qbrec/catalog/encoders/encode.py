@@ -9,15 +9,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from qbrec.catalog.content import Content, hash_sequences, hash_vectors
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.fetch import PictureReader
-from qbrec.catalog.fields import category_paths, item_texts, strings, text_tokens
-from qbrec.catalog.models import BUILT_IN_IMAGE, BUILT_IN_TEXT
-from qbrec.catalog.named import text_encoder
-from qbrec.catalog.pictures import PictureEncoder
-from qbrec.catalog.text import FIELDS, HashedNgramEncoder
-from qbrec.catalog.vectors import as_vectors
+from qbrec.catalog.encoders.content import Content, hash_sequences, hash_vectors
+from qbrec.catalog.encoders.fetch import PictureReader
+from qbrec.catalog.encoders.fields import category_paths, item_texts, strings, text_tokens
+from qbrec.catalog.encoders.models import BUILT_IN_IMAGE, BUILT_IN_TEXT
+from qbrec.catalog.encoders.named import text_encoder
+from qbrec.catalog.encoders.pictures import PictureEncoder
+from qbrec.catalog.encoders.text import FIELDS, HashedNgramEncoder
+from qbrec.catalog.encoders.vectors import as_vectors
 from qbrec.config.sections import CatalogConfig
 from qbrec.storage.hashing import combine64, hash64, hash_bytes
 

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qbrec.catalog import rejected
+from qbrec.catalog.append.classify import TALLY
+from qbrec.catalog.append.compare import Compared, compare_items
+from qbrec.catalog.append.frozen import Frozen, read_new_items
+from qbrec.catalog.append.retire import list_identity, rows_to_retire
 from qbrec.catalog.build_items import ItemSteps
-from qbrec.catalog.classify import TALLY
-from qbrec.catalog.compare import Compared, compare_items
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.frozen import Frozen, read_new_items
 from qbrec.catalog.parts import new_array
-from qbrec.catalog.retire import list_identity, rows_to_retire
 from qbrec.catalog.shards import ShardJob
 from qbrec.catalog.sources import list_files
 from qbrec.catalog.store_items import store_items, write_shards

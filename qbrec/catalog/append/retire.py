@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 from numpy.typing import NDArray
 
-from qbrec.catalog.fields import strings
+from qbrec.catalog.encoders.fields import strings
 from qbrec.catalog.sources import open_parquet
 from qbrec.errors import DataError
 from qbrec.storage.filesystem import filesystem

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from qbrec.catalog.append.classify import TALLY, ClassifyJob
+from qbrec.catalog.append.frozen import frozen_text
 from qbrec.catalog.build_items import ItemSteps
-from qbrec.catalog.classify import TALLY, ClassifyJob
 from qbrec.catalog.exchange import Parts, exchange
-from qbrec.catalog.frozen import frozen_text
 from qbrec.engine.context import StageContext
 from qbrec.storage.generations import GenerationsView
 

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from qbrec.catalog.contract import Domain, read_items
-from qbrec.catalog.models import BUILT_IN_TEXT, encoder_identity
+from qbrec.catalog.encoders.models import BUILT_IN_TEXT, encoder_identity
+from qbrec.catalog.encoders.text import HashedNgramEncoder
 from qbrec.catalog.shards import stored_name
-from qbrec.catalog.text import HashedNgramEncoder
 from qbrec.config import parse_config
 from qbrec.config.sections import CatalogConfig
 from qbrec.errors import DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from qbrec.catalog.models import check_named, encoders
+from qbrec.catalog.encoders.models import check_named, encoders
 from qbrec.config.sections import CatalogConfig, ComputeConfig
 from qbrec.errors import LaunchError
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qbrec.catalog.models import model_folder, need
+from qbrec.catalog.encoders.models import model_folder, need
 from qbrec.config.sections import ImageConfig, TextConfig
 from qbrec.errors import ConfigError
 

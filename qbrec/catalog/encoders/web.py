@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, urljoin, urlsplit
 
 from qbrec import __version__
-from qbrec.catalog.image import BadImageError
+from qbrec.catalog.encoders.image import BadImageError
 from qbrec.config.sections import ImageConfig
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

@@ -1,0 +1,1 @@
+"""Generations: items added to, changed in and retired from a finished catalogue."""
