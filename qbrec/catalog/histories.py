@@ -29,7 +29,7 @@ from qbrec.storage.blocks import BlockTarWriter
 from qbrec.storage.hashing import combine64, hash64
 
 INTERACTION_BYTES = 16  # of a history tar: row and time
-_BATCH_ROWS = 1 << 18
+_BATCH_ROWS = 1 << 20  # a unit: the more rows at once, the fewer ids are hashed twice
 Ints = NDArray[np.int64]
 
 
