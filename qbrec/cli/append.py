@@ -34,8 +34,9 @@ def append(
 ) -> None:
     """Add, change and retire items of a finished catalogue.
 
-    Writes one generation: new items get rows after all others, changed ones keep theirs, retired ones are not
-    recommended any more until they are given again. Rows of items are whole: a column that is left out is
+    Writes one generation: new items get rows after all others, changed ones keep theirs, retired ones are
+    marked until they are given again. The run's models go on with the catalogue they were trained on: they
+    neither rank the new items nor leave out the retired ones. Rows of items are whole: a column that is left out is
     empty. Features are made as those of the catalogue were, by its own encoders and settings; of the
     configuration only catalog.max_rejected_fraction, catalog.image.roots and catalog.image.hosts count.
     The same command again does nothing.
