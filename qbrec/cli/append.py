@@ -36,10 +36,11 @@ def append(
 
     Writes one generation: new items get rows after all others, changed ones keep theirs, retired ones are
     marked until they are given again. The run's models go on with the catalogue they were trained on: they
-    neither rank the new items nor leave out the retired ones. Rows of items are whole: a column that is left out is
-    empty. Features are made as those of the catalogue were, by its own encoders and settings; of the
-    configuration only catalog.max_rejected_fraction, catalog.image.roots and catalog.image.hosts count.
-    The same command again does nothing.
+    neither rank the new items nor leave out the retired ones.
+
+    Rows of items are whole: a column that is left out is empty. Features are made as those of the catalogue
+    were, by its own encoders and settings; of the configuration only catalog.max_rejected_fraction,
+    catalog.image.roots and catalog.image.hosts count. The same command again does nothing.
 
     Interactions are not part of a generation: users of a new domain, and what was done with new items, enter
     with a new catalogue (`qbrec run` with another run.name), and so does another modality.
