@@ -23,6 +23,7 @@ from qbrec.catalog.encoders.pool import encoder_pool
 from qbrec.catalog.encoders.text import HashedNgramEncoder
 from qbrec.catalog.exchange import Parts, exchange, group_size, reduce
 from qbrec.catalog.index import Uniqueness
+from qbrec.catalog.parts import block_size
 from qbrec.catalog.shards import ShardJob
 from qbrec.catalog.store_items import store_items
 from qbrec.catalog.units import ITEM_UNIT_ROWS, blocks_of, cut_units, unit_dataset
@@ -260,7 +261,8 @@ def build_items(
     sizes = dict(zip(steps.modalities, encoded.sizes.tolist(), strict=True))
     widths = {m: stored // (2 * tokens) for m, (stored, tokens, _, _) in sizes.items() if tokens}
     names = tuple(domain.name for domain in domains)
-    job = ShardJob(directory, widths, names, first_row, catalog.block_bytes)
+    block_bytes = block_size(catalog.block_bytes, int(encoded.sizes[:, 0].sum()))
+    job = ShardJob(directory, widths, names, first_row, block_bytes)
     hashes = store_items(ctx, writer, encoded.parts, job, tokens={m: sizes[m][1] for m in widths})
     if text is not None:
         writer.save_safetensors("encoder.safetensors", text.state())

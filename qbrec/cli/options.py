@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
@@ -26,32 +27,38 @@ def config_options(function: Function) -> Function:
     return function
 
 
-def resume_option(function: Function) -> Function:
-    """`--resume auto|must|never`."""
-    return click.option(
-        "--resume",
-        type=click.Choice(["auto", "must", "never"]),
-        default="auto",
-        show_default=True,
-        help="What to do about a run of this name that exists.",
-    )(function)
+def run_options(function: Function) -> Function:
+    """What every command that runs stages takes: `config_options`, their short forms, and `--resume`.
 
+    `--workers` and `--collapse-duplicates` are handed on as overrides; `resume` is auto, must or never.
+    """
 
-def num_workers_option(function: Function) -> Function:
-    """`--workers N`, short for --set compute.num_workers=N."""
-    return click.option(
-        "--workers", type=click.IntRange(min=1), help="Short for --set compute.num_workers=N."
-    )(function)
+    @wraps(function)
+    def command(
+        overrides: tuple[str, ...], workers: int | None, collapse_duplicates: bool, **options: Any
+    ) -> Any:
+        overrides = with_flags(overrides, workers=workers, collapse_duplicates=collapse_duplicates)
+        return function(overrides=overrides, **options)
 
-
-def collapse_option(function: Function) -> Function:
-    """`--collapse-duplicates`, short for --set catalog.duplicates.collapse=both."""
-    return click.option(
-        "--collapse-duplicates",
-        is_flag=True,
-        help="Keep one item of each group of near-duplicates. Short for --set "
-        "catalog.duplicates.collapse=both.",
-    )(function)
+    for option in (
+        click.option(
+            "--resume",
+            type=click.Choice(["auto", "must", "never"]),
+            default="auto",
+            show_default=True,
+            help="What to do about a run of this name that exists.",
+        ),
+        click.option(
+            "--collapse-duplicates",
+            is_flag=True,
+            help="Keep one item of each group of near-duplicates. Short for --set "
+            "catalog.duplicates.collapse=both.",
+        ),
+        click.option("--workers", type=click.IntRange(min=1), help="Short for --set compute.num_workers=N."),
+        config_options,
+    ):
+        command = option(command)
+    return command  # type: ignore[return-value]
 
 
 def with_flags(

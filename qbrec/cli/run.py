@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import click
 
-from qbrec.cli.options import collapse_option, config_options, num_workers_option, resume_option, with_flags
+from qbrec.cli.options import run_options
 
 
 @click.command()
-@config_options
-@num_workers_option
-@collapse_option
-@resume_option
-def run(
-    config_path: str | None,
-    overrides: tuple[str, ...],
-    workers: int | None,
-    collapse_duplicates: bool,
-    resume: str,
-) -> None:
+@run_options
+def run(config_path: str | None, overrides: tuple[str, ...], resume: str) -> None:
     """Catalog, fusion, quantizer, pretraining, fine-tuning, evaluation, registration, report.
 
     Stages that are up to date are skipped; one that was cut off goes on from its last checkpoint. It ends
@@ -35,7 +26,6 @@ def run(
     from qbrec.errors import RegistryError
     from qbrec.pipeline import Pipeline
 
-    overrides = with_flags(overrides, workers=workers, collapse_duplicates=collapse_duplicates)
     config = load_config(config_path, overrides=overrides)
     with Pipeline(config, resume=resume) as pipeline:
         evaluation = pipeline.up_to("evaluation")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qbrec.cli.options import collapse_option, config_options, num_workers_option, resume_option, with_flags
+from qbrec.cli.options import run_options
 
 
 def _command(name: str, *, stage: str, what: str) -> click.Command:
@@ -14,21 +14,11 @@ def _command(name: str, *, stage: str, what: str) -> click.Command:
     )
 
     @click.command(name, help=help_text)
-    @config_options
-    @num_workers_option
-    @collapse_option
-    @resume_option
-    def command(
-        config_path: str | None,
-        overrides: tuple[str, ...],
-        workers: int | None,
-        collapse_duplicates: bool,
-        resume: str,
-    ) -> None:
+    @run_options
+    def command(config_path: str | None, overrides: tuple[str, ...], resume: str) -> None:
         from qbrec.config import load_config
         from qbrec.pipeline import Pipeline
 
-        overrides = with_flags(overrides, workers=workers, collapse_duplicates=collapse_duplicates)
         config = load_config(config_path, overrides=overrides)
         with Pipeline(config, resume=resume) as pipeline:
             artifact = pipeline.up_to(stage)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,13 +46,69 @@ class Histories:
         return len(self.user)
 
 
-class CatalogView:
+class DomainRows(ABC):
+    """Questions about item rows and domains that every view of a catalogue answers the same way."""
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """Where the catalogue lies, for error messages."""
+
+    @property
+    @abstractmethod
+    def domains(self) -> list[str]:
+        """Domain names, by number."""
+
+    @property
+    @abstractmethod
+    def item_domain(self) -> NDArray[np.uint8]:
+        """Domain number of each row, uint8 [N]."""
+
+    @property
+    @abstractmethod
+    def retired(self) -> NDArray[np.bool_]:
+        """Rows that are kept but not recommended, bool [N]."""
+
+    def domain_number(self, domain: str) -> int:
+        """Number of a domain.
+
+        Raises:
+            DataError: There is no such domain.
+        """
+        if domain not in self.domains:
+            raise DataError(
+                f"there is no domain {domain!r}",
+                where=str(self.path),
+                fix=f"name one of {', '.join(self.domains)}",
+            )
+        return self.domains.index(domain)
+
+    def domain_mask(self, domain: str) -> NDArray[np.bool_]:
+        """Which rows belong to a domain, bool [N]."""
+        return np.asarray(self.item_domain == self.domain_number(domain))
+
+    def candidates(self, domain: str | None = None) -> NDArray[np.bool_]:
+        """Rows that may be recommended: those of a domain (None: of all) that are not retired, bool [N].
+
+        Raises:
+            DataError: There is no such domain.
+        """
+        live = ~np.asarray(self.retired)
+        return live if domain is None else live & self.domain_mask(domain)
+
+
+class CatalogView(DomainRows):
     """What later stages ask of a catalogue; arrays and tables are mapped and opened when first asked for."""
 
     def __init__(self, artifact: Artifact) -> None:
         if artifact.kind != "catalog":
             raise DataError(f"this is a {artifact.kind} artifact, not a catalogue", where=str(artifact.path))
         self.artifact = artifact
+
+    @property
+    def path(self) -> Path:
+        """Folder of the artifact."""
+        return self.artifact.path
 
     @property
     def num_items(self) -> int:
@@ -96,33 +154,6 @@ class CatalogView:
     def item_domain(self) -> NDArray[np.uint8]:
         """Domain number of each row, uint8 [N]."""
         return self.artifact.load_npy("item_domain.npy")
-
-    def domain_number(self, domain: str) -> int:
-        """Number of a domain.
-
-        Raises:
-            DataError: There is no such domain.
-        """
-        if domain not in self.domains:
-            raise DataError(
-                f"there is no domain {domain!r}",
-                where=str(self.artifact.path),
-                fix=f"name one of {', '.join(self.domains)}",
-            )
-        return self.domains.index(domain)
-
-    def domain_mask(self, domain: str) -> NDArray[np.bool_]:
-        """Which rows belong to a domain, bool [N]."""
-        return np.asarray(self.item_domain == self.domain_number(domain))
-
-    def candidates(self, domain: str | None = None) -> NDArray[np.bool_]:
-        """Rows that may be recommended: those of a domain (None: of all) that are not retired, bool [N].
-
-        Raises:
-            DataError: There is no such domain.
-        """
-        live = ~np.asarray(self.retired)
-        return live if domain is None else live & self.domain_mask(domain)
 
     def representatives(self, rows: Rows) -> NDArray[np.int64]:
         """For each row the one that histories hold in its place: its own, where nothing was collapsed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from qbrec.errors import DataError
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.blocks import BlockSet, RaggedField
-from qbrec.storage.catalog_view import CatalogView, Rows
+from qbrec.storage.catalog_view import CatalogView, DomainRows, Rows
 from qbrec.storage.gather import spans
 from qbrec.storage.generation import Generation, Ints, StoredItems, places_of
 from qbrec.storage.hashing import hash64, rows_of
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _NONE: Ints = np.zeros(0, np.int64)
 
 
-class GenerationsView:
+class GenerationsView(DomainRows):
     """What later work asks of a catalogue that has grown; N are the rows of all generations together.
 
     Args:
@@ -60,6 +61,11 @@ class GenerationsView:
             self._parts += [StoredItems(artifact, "items"), StoredItems(artifact, "changed")]
         self.inputs = before
         self.first_rows: Ints = np.array([0, *ends], np.int64)  # of every generation and, last, N
+
+    @property
+    def path(self) -> Path:
+        """Folder of the catalogue."""
+        return self.base.path
 
     @property
     def num_items(self) -> int:
@@ -96,28 +102,6 @@ class GenerationsView:
             gone |= places_of(generation.retired, rows) >= 0
             gone &= places_of(generation.restored, rows) < 0
         return gone
-
-    def domain_number(self, domain: str) -> int:
-        """Number of a domain.
-
-        Raises:
-            DataError: There is no such domain.
-        """
-        if domain not in self.domains:
-            raise DataError(
-                f"there is no domain {domain!r}",
-                where=str(self.base.artifact.path),
-                fix=f"name one of {', '.join(self.domains)}",
-            )
-        return self.domains.index(domain)
-
-    def domain_mask(self, domain: str) -> NDArray[np.bool_]:
-        """Which rows belong to a domain, bool [N]."""
-        return np.asarray(self.item_domain == self.domain_number(domain))
-
-    def candidates(self, domain: str | None = None) -> NDArray[np.bool_]:
-        """Rows that may be recommended: those of a domain (None: of all) that are not retired, bool [N]."""
-        return ~self.retired if domain is None else ~self.retired & self.domain_mask(domain)
 
     def lookup(self, item_ids: Sequence[str], domain: str) -> Ints:
         """Rows of item ids of a domain, retired ones too, int64 [n]; -1 where an id is unknown."""

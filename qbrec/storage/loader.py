@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbrec.errors import DataError
+from qbrec.storage.ahead import ahead
 from qbrec.storage.block_reader import BlockSet, Fields, FieldSpec
 from qbrec.storage.order import WINDOW_BLOCKS, EpochOrder, SampleOrder
 from qbrec.storage.pinning import pinned
@@ -122,9 +121,9 @@ class BatchLoader(Generic[Batch]):
             `micro_steps` micro-batches, then None where the step has none left for this rank.
         """
         assert 0 <= start <= self.steps_per_epoch
-        return _ahead(self._make(epoch, start), self.prefetch)
+        return ahead(self._make(epoch, start), depth=self.prefetch)
 
-    def _make(self, epoch: int, first: int) -> Iterator[list[Batch | None]]:
+    def _make(self, epoch: int, first: int) -> Generator[list[Batch | None], None, None]:
         """Steps from `first` on, without a thread."""
         order = self.order.epoch(epoch)
         reader = _WindowReader(self, order)
@@ -199,25 +198,3 @@ def _concatenate(parts: list[Any]) -> NDArray[Any] | Ragged:
         return Ragged.from_lengths(values, np.concatenate([part.lengths for part in parts]))
     joined: NDArray[Any] = np.concatenate(parts)
     return joined
-
-
-_END: Any = object()
-
-
-def _ahead(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """The same items, up to `depth` made ahead in a thread; closing it waits for the one being made."""
-    if depth == 0:
-        yield from items
-        return
-    thread = ThreadPoolExecutor(1, thread_name_prefix="qbrec-loader")
-    pending: deque[Future[Any]] = deque()
-    try:
-        while True:
-            while len(pending) <= depth:
-                pending.append(thread.submit(next, items, _END))
-            item = pending.popleft().result()
-            if item is _END:
-                return
-            yield item
-    finally:
-        thread.shutdown(wait=True, cancel_futures=True)

@@ -157,6 +157,15 @@ def test_workers_change_no_byte_and_shards_no_value(
     assert one.item_ids(np.arange(600)) == many.item_ids(np.arange(600))
 
 
+def test_a_small_catalogue_has_blocks_for_several_ranks(shop: SyntheticSummary, tmp_path: Path) -> None:
+    """Blocks of the default 4 MB would leave a second rank without any."""
+    artifact = build(configure({"shop": shop.items.parent}, text={"dim": 1024}), tmp_path)
+    items = CatalogView(artifact).items()
+    tars = sum(path.stat().st_size for path in artifact.path.glob("items-*.tar"))
+    assert tars < 4 << 20
+    assert items.num_blocks >= tars >> 20 > 1
+
+
 def test_two_domains_and_bad_rows(tmp_path: Path) -> None:
     """The same ids in two domains are different items; bad rows are set aside."""
     rng = np.random.default_rng(0)

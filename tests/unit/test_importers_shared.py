@@ -29,6 +29,7 @@ from qbrec.catalog.importers.ids import HashSet, hash_ids
 from qbrec.catalog.importers.records import MAX_LITERAL, decode
 from qbrec.catalog.importers.values import integer, number, price, text
 from qbrec.errors import ConfigError, DataError
+from qbrec.storage.ahead import ahead
 from tests.support.cli import environment
 from tests.support.import_files import (
     Faults,
@@ -226,9 +227,9 @@ def test_reading_ahead_hands_errors_over_and_stops_when_left() -> None:
 
     seen: list[int] = []
     with pytest.raises(DataError, match="the end"):
-        seen.extend(source.ahead(numbers()))
+        seen.extend(ahead(numbers()))
     assert seen == list(range(100))
-    left = source.ahead(numbers())
+    left = ahead(numbers())
     assert next(left) == 0
     left.close()  # type: ignore[attr-defined]
     assert closed == [True, True]

@@ -226,7 +226,7 @@ def test_pinning_reaches_every_tensor_in_the_thread_of_the_loader(block_set, pin
                 assert all(map(torch.equal, tensors_of(batch), tensors_of(same)))
                 assert (batch.pair[1], batch.epoch) == (same.pair[1], 1)
     assert len(pinned_in) == (3 * 21 if pin else 0)  # 84 samples in micro-batches of 4
-    assert all(name.startswith("qbrec-loader") for name in pinned_in)
+    assert all(name.startswith("qbrec-ahead") for name in pinned_in)
 
 
 @pytest.mark.gpu
@@ -274,7 +274,7 @@ def test_selected_samples_only(block_set, world):
 
 
 def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("qbrec-loader")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("qbrec-ahead")]
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
@@ -318,6 +318,6 @@ def test_threads_end_when_iteration_is_broken_off(block_set):
     assert not loader_threads()
     made = len(calls)
     assert made <= 4  # the one taken, two ahead, one in the making
-    assert all(name.startswith("qbrec-loader") for name in calls)
+    assert all(name.startswith("qbrec-ahead") for name in calls)
     time.sleep(0.03)
     assert len(calls) == made

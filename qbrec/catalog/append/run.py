@@ -24,7 +24,7 @@ from qbrec.catalog.append.frozen import Frozen, read_new_items
 from qbrec.catalog.append.retire import list_identity, rows_to_retire
 from qbrec.catalog.build_items import ItemSteps
 from qbrec.catalog.contract import Domain
-from qbrec.catalog.parts import new_array
+from qbrec.catalog.parts import block_size, new_array
 from qbrec.catalog.shards import ShardJob
 from qbrec.catalog.sources import list_files
 from qbrec.catalog.store_items import store_items, write_shards
@@ -171,13 +171,14 @@ def _store(
     """Write new items, and new versions of known ones."""
     names = tuple(domain.name for domain in domains)
     directory, catalog = writer.path, config.catalog
+    block_bytes = block_size(catalog.block_bytes, int(compared.bytes.sum()))
     added, first = compared.packed(slice(0, 1), catalog.shard_bytes)
     if added:
-        job = ShardJob(directory, frozen.widths, names, view.num_items + first, catalog.block_bytes)
+        job = ShardJob(directory, frozen.widths, names, view.num_items + first, block_bytes)
         store_items(ctx, writer, added, job)
     changed, first = compared.packed(slice(1, None), catalog.shard_bytes)
     if changed:
-        job = ShardJob(directory, frozen.widths, names, first, catalog.block_bytes, prefix="changed")
+        job = ShardJob(directory, frozen.widths, names, first, block_bytes, prefix="changed")
         rows = new_array(directory, "changed", np.int64, int(first[-1]))
 
         def take(span: slice, result: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Floats = NDArray[np.float32]
+_OPTIONS: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 def _load(load: Any, key: str, name: str) -> Any:
@@ -44,8 +45,7 @@ def _load_clip(kind: Any, folder: str, part: Any, projection_dim: int, key: str,
 
     def load() -> Any:
         return kind.from_pretrained(
-            folder, config=part, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True,
+            folder, config=part, use_safetensors=True, output_loading_info=True, **_OPTIONS
         )  # fmt: skip
 
     model, info = _load(load, key, name)
@@ -78,6 +78,14 @@ def _inference(device: str, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
+def _open(config: TextConfig | ImageConfig, key: str) -> tuple[Any, str, Any]:
+    """The package, the folder that holds the model, and the model's configuration."""
+    transformers = need("transformers", key, config.encoder)
+    folder = str(model_folder(config))
+    kind = _load(lambda: transformers.AutoConfig.from_pretrained(folder, **_OPTIONS), key, config.encoder)
+    return transformers, folder, kind
+
+
 class NamedTextEncoder:
     """A text encoder from the Hugging Face hub or a local folder.
 
@@ -93,14 +101,11 @@ class NamedTextEncoder:
         key, name = "catalog.text.encoder", config.encoder
         self._batch, self._device = config.batch_size, device
         self._dtype = precision_of(config.precision, device)
-        transformers = need("transformers", key, name)
-        folder = str(model_folder(config))
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        kind = _load(lambda: transformers.AutoConfig.from_pretrained(folder, **options), key, name)
+        transformers, folder, kind = _open(config, key)
         self._tokenizer = None
         if kind.model_type == "clip":
             self._tokenizer = _load(
-                lambda: transformers.AutoTokenizer.from_pretrained(folder, **options), key, name
+                lambda: transformers.AutoTokenizer.from_pretrained(folder, **_OPTIONS), key, name
             )
             tower = transformers.CLIPTextModelWithProjection
             model = _load_clip(tower, folder, kind.text_config, kind.projection_dim, key, name)
@@ -109,7 +114,7 @@ class NamedTextEncoder:
             package = need("sentence_transformers", key, name)
             self._model = _load(
                 lambda: package.SentenceTransformer(
-                    folder, model_kwargs={"use_safetensors": True}, device=device, **options
+                    folder, model_kwargs={"use_safetensors": True}, device=device, **_OPTIONS
                 ),
                 key, name,
             )  # fmt: skip
@@ -160,10 +165,7 @@ class NamedImageEncoder:
         key, name = "catalog.image.encoder", config.encoder
         self._batch, self._device = config.batch_size, device
         self._dtype = precision_of(config.precision, device)
-        transformers = need("transformers", key, name)
-        folder = str(model_folder(config))
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        kind = _load(lambda: transformers.AutoConfig.from_pretrained(folder, **options), key, name)
+        transformers, folder, kind = _open(config, key)
         if kind.model_type != "clip":
             raise ConfigError(
                 f"the image encoder {name!r} is a {kind.model_type} model",
@@ -171,7 +173,7 @@ class NamedImageEncoder:
                 fix="name a CLIP model, such as openai/clip-vit-base-patch32, or use pixel-statistics",
             )
         self._processor = _load(
-            lambda: transformers.AutoImageProcessor.from_pretrained(folder, **options), key, name
+            lambda: transformers.AutoImageProcessor.from_pretrained(folder, **_OPTIONS), key, name
         )
         tower = transformers.CLIPVisionModelWithProjection
         model = _load_clip(tower, folder, kind.vision_config, kind.projection_dim, key, name)

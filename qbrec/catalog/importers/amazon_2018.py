@@ -24,6 +24,7 @@ _REVIEWS = pa.schema(
         ("overall", pa.float64()),
     ]
 )  # fmt: skip
+ONLY_ID = pa.schema([("item_id", pa.string())])  # of items, where no metadata is given
 _SCRIPT = "getTime()"  # what the data set's own page tells unformatted titles by
 
 
@@ -47,12 +48,8 @@ def amazon_2018(
     Raises:
         DataError: A file is not there.
     """
-    fields = [("item_id", pa.string()), ("title", pa.string()), ("description", pa.string())]
-    fields += [("brand", pa.string()), ("categories", pa.list_(pa.string()))]
-    fields += [("image_path", pa.string())] if images else []
-    fields += [("price", pa.float64()), ("features", pa.list_(pa.string()))]
-    fields += [("also_buy", pa.list_(pa.string()))] if also_buy else []
-    schema = pa.schema(fields)
+    further = [pa.field("also_buy", pa.list_(pa.string()))] if also_buy else []
+    schema = item_schema(further, images=images)
     review_files = tuple(map(find_source, reviews))
     metadata_files = tuple(map(find_source, metadata))
 
@@ -71,9 +68,18 @@ def amazon_2018(
         interactions=Part(review_files, interactions),
         ticks_per_second=1,
         items=Part(metadata_files, items) if metadata_files else None,
-        item_schema=schema if metadata_files else pa.schema(fields[:1]),
+        item_schema=schema if metadata_files else ONLY_ID,
         options={"images": images, "keep_html": keep_html, "also_buy": also_buy},
     )
+
+
+def item_schema(further: Sequence[pa.Field], *, images: bool) -> pa.Schema:
+    """Columns of items in the sets of all years, with a picture's address if asked for, and further ones."""
+    fields = [*ONLY_ID, pa.field("title", pa.string()), pa.field("description", pa.string())]
+    fields += [pa.field("brand", pa.string()), pa.field("categories", pa.list_(pa.string()))]
+    fields += [pa.field("image_path", pa.string())] if images else []
+    fields += [pa.field("price", pa.float64()), pa.field("features", pa.list_(pa.string()))]
+    return pa.schema([*fields, *further])
 
 
 def _review(record: Record) -> Record:

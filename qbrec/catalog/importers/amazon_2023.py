@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from qbrec.catalog.importers import values
+from qbrec.catalog.importers.amazon_2018 import ONLY_ID, item_schema
 from qbrec.catalog.importers.dataset import INTERACTIONS, Dataset, Part, Tally
 from qbrec.catalog.importers.delimited import Layout, numbers, read_delimited, whole_numbers
 from qbrec.catalog.importers.records import Record, read_json_columns, read_json_lines
@@ -41,13 +42,7 @@ def amazon_2023(
     Raises:
         DataError: A file is not there.
     """
-    fields = [("item_id", pa.string()), ("title", pa.string()), ("description", pa.string())]
-    fields += [("brand", pa.string()), ("categories", pa.list_(pa.string()))]
-    fields += [("image_path", pa.string())] if images else []
-    fields += [
-        ("price", pa.float64()), ("features", pa.list_(pa.string())), ("main_category", pa.string())
-    ]  # fmt: skip
-    schema = pa.schema(fields)
+    schema = item_schema([pa.field("main_category", pa.string())], images=images)
     review_files = tuple(map(find_source, reviews))
     metadata_files = tuple(map(find_source, metadata))
 
@@ -68,7 +63,7 @@ def amazon_2023(
         interactions=Part(review_files, interactions),
         ticks_per_second=1000,
         items=Part(metadata_files, items) if metadata_files else None,
-        item_schema=schema if metadata_files else pa.schema(fields[:1]),
+        item_schema=schema if metadata_files else ONLY_ID,
         options={"images": images, "keep_html": keep_html},
     )
 

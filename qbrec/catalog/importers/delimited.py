@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 
 from qbrec.catalog.importers.dataset import Tally
-from qbrec.catalog.importers.source import BLOCK_BYTES, Moved, Source, ahead, open_stream
+from qbrec.catalog.importers.source import BLOCK_BYTES, Moved, Source, open_stream
 from qbrec.errors import ConfigError, DataError
+from qbrec.storage.ahead import ahead
 
 _HEADER_BYTES = 1 << 20
 

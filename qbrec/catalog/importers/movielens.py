@@ -32,13 +32,13 @@ from qbrec.catalog.importers.delimited import (
 from qbrec.catalog.importers.source import (
     Moved,
     Source,
-    ahead,
     line_blocks,
     open_raw,
     open_stream,
     unreadable,
 )
 from qbrec.errors import DataError
+from qbrec.storage.ahead import ahead
 
 _ITEMS = pa.schema(
     [

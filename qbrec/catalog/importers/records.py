@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 from qbrec.catalog.importers.dataset import Tally
-from qbrec.catalog.importers.source import Moved, Source, ahead, line_blocks, open_stream
+from qbrec.catalog.importers.source import Moved, Source, line_blocks, open_stream
+from qbrec.storage.ahead import ahead
 
 # Longest line that is read as a Python literal: its syntax tree takes far more memory than the text.
 MAX_LITERAL = 1 << 20

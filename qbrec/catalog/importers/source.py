@@ -1,15 +1,13 @@
-"""Bytes of a file or URL as a stream: decompressed, counted, read ahead."""
+"""Bytes of a file or URL as a stream: decompressed, counted."""
 
 from __future__ import annotations
 
 import io
 import os
-import queue
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -131,50 +129,6 @@ def line_blocks(stream: IO[bytes], place: str) -> Iterator[bytes]:
         rest = tail
     if rest:
         yield rest
-
-
-def ahead(items: Generator[T, None, None], *, depth: int = 2) -> Iterator[T]:
-    """The same items, made by a thread while the caller works on the ones before.
-
-    Args:
-        items: Generator; it runs, and is closed, in the thread. Its errors are raised here.
-        depth: Items that may wait.
-    """
-    waiting: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def hand_over(item: T | None, error: BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return waiting.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def make() -> None:
-        error: BaseException = StopIteration()
-        try:
-            with closing(items):
-                for item in items:
-                    hand_over(item, None)
-                    if stopped.is_set():
-                        return
-        except BaseException as raised:
-            error = raised
-        hand_over(None, error)
-
-    thread = threading.Thread(target=make, name="qbrec-import-reader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = waiting.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
-    finally:
-        stopped.set()
-        thread.join()
 
 
 class _Counted(io.RawIOBase):
