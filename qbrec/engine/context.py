@@ -105,6 +105,15 @@ class StageContext:
             dist.broadcast(tensor, src=source)
         return tensor
 
+    def broadcast_json(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Rank 0's document on every rank, as JSON gives it back."""
+        data = json.dumps(document).encode() if self.is_main else b""
+        length = self.broadcast(torch.tensor([len(data)], dtype=torch.int64, device=self.device))
+        filled = data.ljust(int(length), b" ")
+        body = torch.frombuffer(bytearray(filled), dtype=torch.uint8).to(self.device)
+        found: dict[str, Any] = json.loads(self.broadcast(body).cpu().numpy().tobytes())
+        return found
+
     def gather_bytes(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Tensors of all ranks on every rank; they may differ in length along the first dimension."""
         if self.world == 1:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qbrec.quantizer.chunks import TILE, Collective, FixedPoint, Shard, max_abs, parallel, sum_of
@@ -114,6 +117,20 @@ def decode(codes: Tensor, books: Codebooks) -> Tensor:
     for level in range(1, codes.shape[1]):
         out += books.levels[level][codes[:, level]]
     return out
+
+
+def residual_before(level: int, x: Tensor, codes: NDArray[Any], books: Codebooks) -> Tensor:
+    """What the levels above one leave of rows: float32 [n, D]; `x` is used up.
+
+    Args:
+        level: The level that is not taken off, 0 to L.
+        x: float32 [n, D], standardised as for the fit.
+        codes: Of those rows, any unsigned type [n, L].
+        books: Codebooks.
+    """
+    for upper in range(level):
+        x -= books.levels[upper][torch.from_numpy(codes[:, upper].astype(np.int64)).to(x.device)]
+    return x
 
 
 def fit_levels(
