@@ -50,7 +50,8 @@ def run_ours(x: np.ndarray, start: np.ndarray, *, default: bool) -> np.ndarray:
     import torch
 
     from qbrec.quantizer.chunks import Alone, Shard
-    from qbrec.quantizer.kmeans import fit_kmeans, lloyd
+    from qbrec.quantizer.kmeans import fit_kmeans
+    from qbrec.quantizer.lloyd import lloyd
 
     torch.set_num_threads(THREADS)
     shard = Shard(torch.from_numpy(x), 0, len(x))
@@ -67,7 +68,7 @@ def _rank(rank: int, folder: str, out: str) -> None:
 
     from qbrec.engine.context import StageContext
     from qbrec.quantizer.chunks import Shard, split_rows
-    from qbrec.quantizer.kmeans import lloyd
+    from qbrec.quantizer.lloyd import lloyd
     from qbrec.storage.artifact import ArtifactStore
 
     torch.set_num_threads(1)

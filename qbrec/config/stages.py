@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qbrec.config.base import Section
 from qbrec.config.sections import Count, Fraction, Positive
@@ -61,7 +61,15 @@ class QualityConfig(Section):
     """Gate on the codebooks: a run stops here rather than train stage 3 on a collapsed one."""
 
     min_perplexity_fraction: Fraction = 0.1  # of the codes at level 0
+    min_perplexity: float = Field(default=0.0, ge=0)  # at level 0, whatever its size; 0: off
+    max_dead_fraction: Fraction = 0.5  # codes that no item has, at any level, before collisions are resolved
+    min_r2_held_out: Fraction = 0.1  # variance explained after all levels, on held-out items; 0: off
+    # Mean cosine of items on one code of level 0, minus that in shuffled IDs, must exceed this; 0: off.
+    min_cohesion_ratio: Fraction = 0.05
     max_collision_rate: Fraction = 0.5  # items that share their ID with an item of other content
+    max_largest_bucket: Count = 10_000  # distinct contents on one ID; 0: off
+    # Quantisation error of appended items over that of the catalogue's: above it `qbrec append` says refit.
+    max_drift: float = Field(default=1.5, gt=0)
 
 
 class QuantizerConfig(Section):
@@ -69,17 +77,34 @@ class QuantizerConfig(Section):
 
     method: Literal["rq_kmeans", "rvq"] = "rvq"
     levels: Literal["auto"] | tuple[Positive, ...] = "auto"
-    iterations: Positive = 20  # Lloyd iterations on the sample (on everything, where that is no larger)
-    full_passes: Count = 2  # Lloyd iterations over all items after those on the sample
+    # How k-means starts: k-means++ or k-means|| on a sample, or rows at random.
+    seeding: Literal["plus_plus", "parallel", "random"] = "plus_plus"
+    warmup: Literal["sample", "mini_batch"] = "sample"  # before the full passes: Lloyd on a sample, or one pass
+    iterations: Count = 12  # Lloyd iterations on the sample (on everything, where that is no larger)
+    full_passes: Count = 1  # Lloyd iterations over all items after those on the sample
     sample: Positive = 1_048_576  # most items in the sample (256 per code), over all ranks
     refine_epochs: Count = 2  # joint EMA passes (rvq)
     refine_solves: Count = 1  # least-squares solves of all codebooks (rvq)
     beam: Positive = 1  # partial IDs kept while encoding; 1: greedy
     # Share of the items kept from the fit, for the held-out error.
     held_out: float = Field(default=0.05, ge=0, lt=1)
-    collisions: Literal["none", "next_nearest"] = "next_nearest"
-    capacity: Positive = 1  # items of different content per ID, for next_nearest
+    # Items of different content on one ID: they share it, move to another last code, or get one more level.
+    collisions: Literal["none", "next_nearest", "sinkhorn", "digit"] = "next_nearest"
+    capacity: Positive = 1  # items of different content per ID, for next_nearest and sinkhorn
+    sinkhorn_epsilon: float = Field(default=0.003, gt=0)  # weight of the entropy: larger is more even
+    sinkhorn_iterations: Positive = 50
+    # What gets codes: joint is the semantic ID; modalities of the catalogue give stage 3 tokens beside it.
+    modalities: tuple[str, ...] = ("joint",)
+    # Of each further modality, besides the code for items without it; auto: two of the size of level 0.
+    modality_levels: Literal["auto"] | Annotated[tuple[Positive, ...], Field(min_length=1)] = "auto"
     quality: QualityConfig = QualityConfig()
+
+    @field_validator("modalities")
+    @classmethod
+    def _joint_first(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names[:1] != ("joint",) or len(set(names)) != len(names):
+            raise ValueError("must begin with joint, the semantic ID, and name each further modality once")
+        return names
 
 
 class MaskConfig(Section):

@@ -1,9 +1,8 @@
 """The global row grid: rows are cut so that no result depends on how many ranks or threads share the work.
 
-Every floating-point operation of this stage runs on a *grain* of `GRAIN` consecutive rows of the whole
-catalogue, in one thread, on buffers of one shape. What a grain yields is therefore a pure function of its
-rows. Grains are summed as int64 fixed point, and integer addition knows no order: any partition gives the
-same bits.
+Rows are dealt out in *grains* of `GRAIN` consecutive rows of the whole catalogue. What is found of a row
+depends on that row alone (`kernels`), what is found of a grain is computed in one thread; sums over rows and
+grains are int64 fixed point, and integer addition knows no order: any partition gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+GPU_ROWS = 1 << 18  # rows that keep a GPU busy for longer than the launches take
 GRAIN = 2048  # rows: unit of distribution over ranks and threads, and of one fixed-point conversion
-TILE = 1024  # rows of one GEMM: scores of 256 codes stay in the L2 cache
 
 R = TypeVar("R")
 
@@ -103,6 +103,11 @@ class Shard:
         """Global rows of this rank, int64 [n]."""
         return torch.arange(self.start, self.start + len(self.x), device=self.x.device)
 
+    def pieces(self) -> list[slice]:
+        """Local rows in pieces that one call of a kernel takes: grains on a CPU, far more on a GPU."""
+        size = GRAIN if self.x.device.type == "cpu" else GPU_ROWS
+        return [slice(a, min(a + size, len(self.x))) for a in range(0, len(self.x), size)]
+
     def grain(self, index: int) -> slice:
         """Local rows of one grain."""
         return slice(index * GRAIN, min((index + 1) * GRAIN, len(self.x)))
@@ -137,7 +142,8 @@ def parallel(count: int, body: Callable[[range], R], *, device: torch.device) ->
 class FixedPoint:
     """int64 fixed point for a sum of `count` numbers of magnitude at most `bound`.
 
-    The scale is 2^s with s = 62 - ceil(log2 count) - ceil(log2 bound), so the sum cannot overflow.
+    The scale is 2^s with s = min(62 - ceil(log2 count), 50) - ceil(log2 bound): a sum cannot overflow, and a
+    single number stays where doubles hold every integer.
     """
 
     shift: int
@@ -147,7 +153,7 @@ class FixedPoint:
         """The finest scale that is safe."""
         assert math.isfinite(bound), "a bound on finite numbers"
         size = math.ceil(math.log2(bound)) if bound > 0 else 0
-        return cls(62 - math.ceil(math.log2(max(count, 1))) - size)
+        return cls(min(62 - math.ceil(math.log2(max(count, 1))), 50) - size)
 
     def encode(self, values: Tensor) -> Tensor:
         """Float tensor -> int64, rounded half to even."""
@@ -231,3 +237,17 @@ def stratified(total: int, count: int, *, seed: int) -> np.ndarray:
     width = np.diff(edges)
     inside = np.minimum((rng.random(count) * width).astype(np.int64), width - 1)
     return np.asarray(edges[:-1] + inside, dtype=np.int64)
+
+
+def batches(num_grains: int, *, seed: int) -> list[np.ndarray]:
+    """One epoch's batches of global grains: each takes one grain from every stratum of the row range.
+
+    So a batch holds about as many grains of every rank, while the batches do not depend on the number of
+    ranks.
+    """
+    strata = min(max(4, num_grains // 64), max(1, num_grains // 8))
+    rng = np.random.Generator(np.random.PCG64(seed))
+    edges = np.arange(strata + 1) * num_grains // strata
+    drawn = [rng.permutation(np.arange(a, b)) for a, b in pairwise(edges)]
+    longest = max(len(d) for d in drawn)
+    return [np.array([d[i] for d in drawn if i < len(d)], dtype=np.int64) for i in range(longest)]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qbrec.config.stages import QuantizerConfig
 from qbrec.errors import CheckpointError, ConfigError
-from qbrec.quantizer.chunks import Collective, Shard
-from qbrec.quantizer.kmeans import KMeans
+from qbrec.quantizer.chunks import Collective, FixedPoint, Shard, max_abs
+from qbrec.quantizer.lloyd import KMeans
 from qbrec.quantizer.packing import code_bits
 from qbrec.quantizer.refine import MovingAverages, least_squares, revive
-from qbrec.quantizer.rvq import Codebooks, encode, fit_levels, prefix_errors
+from qbrec.quantizer.rvq import Codebooks, decode, encode, fit_levels
 from qbrec.storage.artifact import write_atomic
 
 LARGE_CATALOGUE = 10_000_000  # items from which `auto` takes larger levels: 256^4 cells become crowded
@@ -130,8 +130,13 @@ class FitMemory:
 
 def held_out_error(shard: Shard, books: Codebooks, *, comm: Collective, beam: int) -> float:
     """Mean squared error of the items that the fit did not see (of all items where none were held out)."""
-    errors, rows = prefix_errors(shard, encode(shard.x, books, beam=beam), books, comm=comm, held_out=True)
-    return float(errors[-1]) / max(rows, 1)
+    x = shard.x if shard.train is None else shard.x[~shard.train]
+    left = (x - decode(encode(x, books, beam=beam), books)).double()
+    farthest = (max_abs(shard, comm) + books.magnitude) ** 2 * x.shape[1]
+    fixed = FixedPoint.of(shard.total, farthest)
+    error = torch.stack([fixed.encode((left * left).sum(1)).sum(), torch.tensor(len(x), device=x.device)])
+    comm.all_reduce(error)
+    return float(fixed.decode(error[0])) / max(int(error[1]), 1)
 
 
 def fit_codebooks(
@@ -183,19 +188,23 @@ def fit_codebooks(
         sizes,
         comm=comm,
         seed=seed,
+        seeding=config.seeding,
+        warmup=config.warmup,
         iterations=config.iterations,
         full_passes=config.full_passes,
         max_sample=config.sample,
         finished=finished,
         on_level=on_level,
     )
+    before: float | None = None
     for step, change in _steps(shard, config, comm, seed):
         kept = memory.load(step, shapes) if memory else None
         figures: dict[str, float] = {}
         if kept is not None:
-            books = Codebooks(kept)
+            books, before = Codebooks(kept), None
         else:
-            before = held_out_error(shard, books, comm=comm, beam=config.beam)
+            if before is None:
+                before = held_out_error(shard, books, comm=comm, beam=config.beam)
             changed = change(books)
             after = held_out_error(shard, changed, comm=comm, beam=config.beam)
             if after < before or step == "revive":
@@ -203,6 +212,7 @@ def fit_codebooks(
             if memory:
                 memory.save(step, books.levels)
             figures = {"held_out_before": before, "held_out_after": after, "kept": float(books is changed)}
+            before = after if books is changed else before
         report(step, figures)
     return books
 

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.chunks import GRAIN, TILE, Collective, FixedPoint, Shard, max_abs, parallel, sum_of
-from qbrec.quantizer.kmeans import Assigner, add_by_code, assign, farthest_rows
+from qbrec.quantizer.chunks import GRAIN, Collective, FixedPoint, Shard, batches, max_abs, parallel, sum_of
+from qbrec.quantizer.greedy import take_off
+from qbrec.quantizer.kernels.gemm import TILE, Gemm, native_loops
+from qbrec.quantizer.lloyd import assign, farthest_rows
 from qbrec.quantizer.rvq import Codebooks, decode, encode
+from qbrec.quantizer.sums import distances, move_rows
 
 DECAY = 0.9  # of the moving averages, per batch
+COUNTED = 8  # batches that tell how often each code is used at the start
 DEAD = 1 / 16  # of the average count: below this a code is restarted
+RESTART_EVERY = 8  # batches: a code that has just restarted needs some time to find its members
 RIDGE = 1.0  # of the least squares, in rows per code: rare codes stay near where they were
-CG_ITERATIONS = 8
+CG_ITERATIONS = 16
 REVIVALS = 4  # rounds per level: moving a code can empty another
-
-
-def batches(num_grains: int, *, seed: int) -> list[np.ndarray]:
-    """One epoch's batches of global grains: each takes one grain from every stratum of the row range.
-
-    So a batch holds about as many grains of every rank, while the batches do not depend on the number of
-    ranks.
-    """
-    strata = min(max(4, num_grains // 64), max(1, num_grains // 8))
-    rng = np.random.Generator(np.random.PCG64(seed))
-    edges = np.arange(strata + 1) * num_grains // strata
-    drawn = [rng.permutation(np.arange(a, b)) for a, b in pairwise(edges)]
-    longest = max(len(d) for d in drawn)
-    return [np.array([d[i] for d in drawn if i < len(d)], dtype=np.int64) for i in range(longest)]
 
 
 class MovingAverages:
@@ -52,16 +44,16 @@ class MovingAverages:
         self.levels = [level.clone() for level in books.levels]
         self.bound = max_abs(shard, comm)
         grains = -(-shard.total // GRAIN)
-        steps = len(batches(grains, seed=0))
-        counts = self._pass(np.arange(grains))[1]
-        # Start from what one average batch would have counted.
-        self.counts = [c.double() / steps for c in counts]
+        # Start from what one average batch would have counted, by a few of them.
+        some = batches(grains, seed=seed)[:COUNTED]
+        counts = self._pass(np.sort(np.concatenate(some)))[1]
+        self.counts = [c.double() / len(some) for c in counts]
         self.sums = [level.double() * n[:, None] for level, n in zip(self.levels, self.counts, strict=True)]
 
     def epoch(self, epoch: int) -> None:
         """Move the codebooks once through all rows."""
         grains = -(-self.shard.total // GRAIN)
-        for batch in batches(grains, seed=self.seed + epoch):
+        for step, batch in enumerate(batches(grains, seed=self.seed + epoch)):
             sums, counts = self._pass(batch)
             for level in range(len(self.levels)):
                 self.counts[level].mul_(DECAY).add_(counts[level].double() * (1 - DECAY))
@@ -69,8 +61,9 @@ class MovingAverages:
                 alive = self.counts[level] > 0
                 mean = self.sums[level] / self.counts[level].clamp(min=1e-12)[:, None]
                 self.levels[level] = torch.where(alive[:, None], mean.float(), self.levels[level])
-            for level in range(len(self.levels)):
-                self._restart(level, batch)
+            if step % RESTART_EVERY == 0:
+                for level in range(len(self.levels)):
+                    self._restart(level, batch)
 
     @property
     def books(self) -> Codebooks:
@@ -90,18 +83,20 @@ class MovingAverages:
         edges = np.cumsum([0, *books.sizes])
 
         def body(indices: range) -> Tensor:
-            nearest = [Assigner(level) for level in self.levels]
+            nearest = [Gemm(level) for level in self.levels]
             acc = torch.zeros(int(edges[-1]), width + 1, dtype=torch.int64, device=device)
             for i in indices:
-                residual = self._train_rows(local[i])[1]
+                rows = self.shard.grain(local[i])
+                residual = self.shard.x[rows].clone()
                 for level, codebook in enumerate(self.levels):
                     codes = _assign_grain(nearest[level], residual)
-                    part = acc[edges[level] : edges[level + 1]]
-                    part[:, :width] += add_by_code(residual, codes, len(codebook), fixed)
-                    part[:, width] += torch.bincount(codes, minlength=len(codebook))
-                    residual -= codebook[codes]
+                    seen = codes if self.shard.train is None else codes.where(self.shard.train[rows], -1)
+                    nowhere = torch.full_like(codes, -1, dtype=torch.int32)
+                    move_rows(acc[edges[level] : edges[level + 1]], residual, nowhere, seen, fixed)
+                    take_off(residual, codebook, codes)
             return acc
 
+        native_loops(len(self.shard.x))  # loaded where the rows are many
         acc = sum_of(parallel(len(local), body, device=device))
         self.comm.all_reduce(acc)
         parts = [acc[a:b] for a, b in pairwise(edges)]
@@ -123,7 +118,7 @@ class MovingAverages:
         local, width, device = self._local(batch), self.shard.x.shape[1], self.shard.x.device
 
         def body(indices: range) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-            nearest = [Assigner(codebook) for codebook in self.levels[: level + 1]]
+            nearest = [Gemm(codebook) for codebook in self.levels[: level + 1]]
             out = []
             for i in indices:
                 at, residual = self._train_rows(local[i])
@@ -146,16 +141,16 @@ class MovingAverages:
         self.sums[level][dead] = seeds.double() * 2 * floor
 
 
-def _assign_grain(nearest: Assigner, x: Tensor) -> Tensor:
-    return torch.cat([nearest(tile)[0] for tile in x.split(TILE)])
+def _assign_grain(gemm: Gemm, x: Tensor) -> Tensor:
+    return torch.cat([gemm.nearest(tile) for tile in x.split(TILE)])
 
 
 def least_squares(shard: Shard, books: Codebooks, *, comm: Collective, beam: int = 1) -> Codebooks:
     """All codebooks at once, given the codes: the additive-quantizer update (Babenko & Lempitsky 2014).
 
-    Minimises sum_i |x_i - sum_l C_l[c_il]|^2 + RIDGE |C - C_old|^2 by conjugate gradients, without forming
-    the normal matrix: one iteration is one decode and one sum per code, so it takes any codebook size, and
-    the sums are exact over ranks.
+    Minimises sum_i |x_i - sum_l C_l[c_il]|^2 + RIDGE |C - C_old|^2 by conjugate gradients. The normal matrix
+    is made of the counts of pairs of codes, K_i × K_j per pair of levels: exact integers over all ranks, as
+    the right side is.
 
     Args:
         shard: This rank's standardised rows.
@@ -167,63 +162,76 @@ def least_squares(shard: Shard, books: Codebooks, *, comm: Collective, beam: int
         New codebooks, the same on every rank.
     """
     codes = encode(shard.x, books, beam=beam)
-    bound = max_abs(shard, comm) + books.magnitude
-    edges = np.cumsum([0, *books.sizes])
+    kept = codes if shard.train is None else codes.masked_fill(~shard.train[:, None], -1)
+    errors, counts = _errors_by_code(shard, codes, kept, books, comm)
+    pairs = _pairs(kept, books.sizes, comm)
+    edges = np.cumsum([0, *books.sizes]).tolist()
+    spans = [slice(a, b) for a, b in pairwise(edges)]
+    diagonal = counts.double()[:, None] + RIDGE
 
-    def sums(source: Codebooks, limit: float, *, of_error: bool) -> np.ndarray:
-        """Sum per code of what `source` decodes to, or of what it leaves of the rows: float64 [sum K, D]."""
-        fixed = FixedPoint.of(shard.total, limit)
-        width = shard.x.shape[1]
+    def normal(v: Tensor) -> Tensor:
+        out = diagonal * v
+        for (i, j), table in pairs.items():
+            out[spans[i]] += table @ v[spans[j]]
+            out[spans[j]] += table.t() @ v[spans[i]]
+        return out
 
-        def body(grains: range) -> Tensor:
-            acc = torch.zeros(int(edges[-1]), width, dtype=torch.int64, device=shard.x.device)
-            for g in grains:
-                rows = shard.grain(g)
-                x, code = shard.x[rows], codes[rows]
-                if shard.train is not None:
-                    x, code = x[shard.train[rows]], code[shard.train[rows]]
-                value = x - decode(code, source) if of_error else decode(code, source)
-                for level, size in enumerate(source.sizes):
-                    acc[edges[level] : edges[level + 1]] += add_by_code(value, code[:, level], size, fixed)
-            return acc
+    # One worker: the order of float64 sums does not depend on the number of threads.
+    (step,) = parallel(1, lambda _: _conjugate_gradients(normal, errors, diagonal), device=shard.x.device)
+    moved = [book + step[span].float() for book, span in zip(books.levels, spans, strict=True)]
+    return Codebooks(tuple(moved))
 
-        acc = sum_of(parallel(shard.num_grains, body, device=shard.x.device))
-        comm.all_reduce(acc)
-        return fixed.decode(acc).cpu().numpy()
 
-    def split(flat: np.ndarray) -> Codebooks:
-        tensor = torch.from_numpy(flat).to(shard.x.device, torch.float32)
-        return Codebooks(tuple(tensor[a:b] for a, b in pairwise(edges)))
+def _errors_by_code(
+    shard: Shard, codes: Tensor, kept: Tensor, books: Codebooks, comm: Collective
+) -> tuple[Tensor, Tensor]:
+    """Sum per code of what the codebooks leave of its rows, float64 [sum K, D], and rows per code [sum K]."""
+    fixed = FixedPoint.of(shard.total, max_abs(shard, comm) + books.magnitude)
+    edges = np.cumsum([0, *books.sizes]).tolist()
+    shape = (edges[-1], shard.x.shape[1] + 1)
 
-    def normal(v: np.ndarray) -> np.ndarray:
-        top = len(books.levels) * float(np.abs(v).max())
-        return sums(split(v), top, of_error=False) + RIDGE * v
+    def body(grains: range) -> Tensor:
+        acc = torch.zeros(shape, dtype=torch.int64, device=shard.x.device)
+        for g in grains:
+            rows = shard.grain(g)
+            left = shard.x[rows] - decode(codes[rows], books)
+            for level in range(len(books.levels)):
+                nowhere = torch.full((len(left),), -1, dtype=torch.int32, device=left.device)
+                part = acc[edges[level] : edges[level + 1]]
+                move_rows(part, left, nowhere, kept[rows, level].contiguous(), fixed)
+        return acc
 
-    diagonal = _counts(shard, codes, books, comm)[:, None] + RIDGE
-    residual = sums(books, bound, of_error=True)
-    step = np.zeros_like(residual)
+    acc = sum_of(parallel(shard.num_grains, body, device=shard.x.device))
+    comm.all_reduce(acc)
+    return fixed.decode(acc[:, :-1]), acc[:, -1]
+
+
+def _pairs(kept: Tensor, sizes: Sequence[int], comm: Collective) -> dict[tuple[int, int], Tensor]:
+    """How many rows have code a at level i and code b at level j, float64 [K_i, K_j] for i < j."""
+    rows = kept[kept[:, 0] >= 0]
+    found = {}
+    for i, j in combinations(range(len(sizes)), 2):
+        table = torch.bincount(rows[:, i] * sizes[j] + rows[:, j], minlength=sizes[i] * sizes[j])
+        found[i, j] = comm.all_reduce(table).view(sizes[i], sizes[j]).double()
+    return found
+
+
+def _conjugate_gradients(normal: Callable[[Tensor], Tensor], residual: Tensor, diagonal: Tensor) -> Tensor:
+    """Solve normal(step) = residual from step 0, every column for itself, with a diagonal preconditioner."""
+    step = torch.zeros_like(residual)
     scaled = residual / diagonal
     direction, rho = scaled, (residual * scaled).sum(0)
-    start = rho.sum()
+    start = float(rho.sum())
     for _ in range(CG_ITERATIONS):
-        if rho.sum() <= 1e-10 * start or start == 0:
+        if start == 0 or float(rho.sum()) <= 1e-10 * start:
             break
         image = normal(direction)
-        alpha = rho / np.maximum((direction * image).sum(0), 1e-300)
+        alpha = rho / (direction * image).sum(0).clamp(min=1e-300)
         step, residual = step + alpha * direction, residual - alpha * image
         scaled = residual / diagonal
         rho, old = (residual * scaled).sum(0), rho
-        direction = scaled + rho / np.maximum(old, 1e-300) * direction
-    moved = split(step)
-    return Codebooks(tuple(a + b for a, b in zip(books.levels, moved.levels, strict=True)))
-
-
-def _counts(shard: Shard, codes: Tensor, books: Codebooks, comm: Collective) -> np.ndarray:
-    kept = codes if shard.train is None else codes[shard.train]
-    counts = [torch.bincount(kept[:, level], minlength=size) for level, size in enumerate(books.sizes)]
-    flat = torch.cat(counts)
-    comm.all_reduce(flat)
-    return flat.cpu().numpy().astype(np.float64)
+        direction = scaled + rho / old.clamp(min=1e-300) * direction
+    return step
 
 
 def revive(shard: Shard, books: Codebooks, *, comm: Collective) -> Codebooks:
@@ -247,7 +255,7 @@ def revive(shard: Shard, books: Codebooks, *, comm: Collective) -> Codebooks:
             dead = (counts == 0).nonzero().squeeze(1)
             if not len(dead):
                 break
-            gaps = _gaps(residual, codes, levels[level])
+            gaps = distances(residual, codes, levels[level])
             if shard.train is not None:
                 gaps *= shard.train
             seeds = farthest_rows(shard.rows(), residual, gaps, count=len(dead), comm=comm)
@@ -255,16 +263,3 @@ def revive(shard: Shard, books: Codebooks, *, comm: Collective) -> Codebooks:
             levels[level][dead[: len(seeds)]] = seeds
         residual -= levels[level][assign(residual, levels[level])]
     return Codebooks(tuple(levels))
-
-
-def _gaps(residual: Tensor, codes: Tensor, codebook: Tensor) -> Tensor:
-    out = torch.zeros(len(residual), dtype=torch.float32, device=residual.device)
-
-    def body(tiles: range) -> None:
-        for t in tiles:
-            rows = slice(t * TILE, (t + 1) * TILE)
-            left = residual[rows] - codebook[codes[rows]]
-            out[rows] = (left * left).sum(1)
-
-    parallel(-(-len(residual) // TILE), body, device=residual.device)
-    return out

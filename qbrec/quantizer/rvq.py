@@ -11,8 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qbrec.quantizer.chunks import TILE, Collective, FixedPoint, Shard, max_abs, parallel, sum_of
-from qbrec.quantizer.kmeans import Assigner, KMeans, assign, fit_kmeans, row_argmax
+from qbrec.quantizer.chunks import Collective, FixedPoint, Shard, max_abs, parallel, sum_of
+from qbrec.quantizer.greedy import fastest_greedy
+from qbrec.quantizer.kernels.gemm import Gemm, native_loops, row_argmax, tile_rows
+from qbrec.quantizer.kmeans import Warmup, fit_kmeans
+from qbrec.quantizer.lloyd import KMeans, assign
+from qbrec.quantizer.seeding import Seeding
 
 
 @dataclass(frozen=True)
@@ -32,46 +36,32 @@ class Codebooks:
         return sum(float(level.abs().max()) for level in self.levels)
 
 
-class Encoder:
-    """Codes of tiles of at most `TILE` rows; one object per thread (it owns its buffers).
+class Beam:
+    """Codes of tiles of rows (`tile_rows`): so many partial IDs are kept per level, the best whole one wins.
+
+    It owns buffers: one object per thread.
 
     Args:
         books: Codebooks.
-        beam: 1: greedy, nearest code level by level. More: so many partial codes are kept per level, and the
-            whole code with the smallest error wins.
+        beam: Partial IDs kept per level.
     """
 
-    def __init__(self, books: Codebooks, *, beam: int = 1) -> None:
+    def __init__(self, books: Codebooks, *, beam: int) -> None:
         self.books, self.beam = books, beam
-        self.assigners = [Assigner(level) for level in books.levels]
-        if beam > 1:
-            # Inner products between the codes of every two levels: a beam never touches a residual.
-            self.inner = {
-                (i, j): books.levels[i] @ books.levels[j].t()
-                for j in range(len(books.levels))
-                for i in range(j)
-            }
+        self.gemms = [Gemm(level) for level in books.levels]
+        # Inner products between the codes of every two levels: a beam never touches a residual.
+        self.inner = {
+            (i, j): books.levels[i] @ books.levels[j].t() for j in range(len(books.levels)) for i in range(j)
+        }
 
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [b, D] -> int64 [b, L]."""
-        return self._greedy(x) if self.beam == 1 else self._beam(x)
-
-    def _greedy(self, x: Tensor) -> Tensor:
-        residual, out = x.clone(), []
-        for nearest, level in zip(self.assigners, self.books.levels, strict=True):
-            codes, _ = nearest(residual)
-            residual -= level[codes]
-            out.append(codes)
-        return torch.stack(out, 1)
-
-    def _beam(self, x: Tensor) -> Tensor:
         # |x - sum_l c_l|^2 = |x|^2 - 2 s with s = sum_l (x.c_l - |c_l|^2 / 2) - sum_{i<j} c_i.c_j: maximise
         # s.
         best = torch.zeros(len(x), 1, dtype=torch.float32, device=x.device)
         codes = torch.empty(len(x), 1, 0, dtype=torch.int64, device=x.device)
-        for j, nearest in enumerate(self.assigners):
-            nearest(x)
-            scores = best[:, :, None] + nearest.scores[: len(x), None, :]  # [b, beam, K]
+        for j, gemm in enumerate(self.gemms):
+            scores = best[:, :, None] + gemm.scores(x)[:, None, :]  # [b, beam, K]
             for i in range(j):
                 scores -= self.inner[i, j][codes[:, :, i]]
             flat = scores.flatten(1)
@@ -101,13 +91,21 @@ def encode(x: Tensor, books: Codebooks, *, beam: int = 1) -> Tensor:
     """
     out = torch.empty(len(x), len(books.levels), dtype=torch.int64, device=x.device)
 
+    size = tile_rows(x.device)
+    native_loops(len(x))  # loaded where the rows are many
+
+    def make_beam() -> Beam:
+        return Beam(books, beam=beam)
+
+    make = make_beam if beam > 1 else fastest_greedy(x, books.levels)
+
     def body(tiles: range) -> None:
-        encoder = Encoder(books, beam=beam)
+        encoder = make()
         for t in tiles:
-            rows = slice(t * TILE, (t + 1) * TILE)
+            rows = slice(t * size, (t + 1) * size)
             out[rows] = encoder(x[rows])
 
-    parallel(-(-len(x) // TILE), body, device=x.device)
+    parallel(-(-len(x) // size), body, device=x.device)
     return out
 
 
@@ -139,8 +137,10 @@ def fit_levels(
     *,
     comm: Collective,
     seed: int,
-    iterations: int = 20,
-    full_passes: int = 2,
+    seeding: Seeding = "plus_plus",
+    warmup: Warmup = "sample",
+    iterations: int = 12,
+    full_passes: int = 1,
     max_sample: int = 1_048_576,
     finished: Sequence[Tensor] = (),
     on_level: Callable[[int, KMeans], None] = lambda level, result: None,
@@ -152,6 +152,8 @@ def fit_levels(
         sizes: Codes per level.
         comm: Process group.
         seed: Level l draws from `seed + 10 l`.
+        seeding: See `fit_kmeans`.
+        warmup: See `fit_kmeans`.
         iterations: See `fit_kmeans`.
         full_passes: See `fit_kmeans`.
         max_sample: See `fit_kmeans`.
@@ -171,6 +173,8 @@ def fit_levels(
                 size,
                 comm=comm,
                 seed=seed + 10 * level,
+                seeding=seeding,
+                warmup=warmup,
                 iterations=iterations,
                 full_passes=full_passes,
                 max_sample=max_sample,

@@ -13,11 +13,13 @@ from qbrec.config.stages import QuantizerConfig
 from qbrec.engine.context import StageContext
 from qbrec.quantizer.chunks import GRAIN, Shard, split_rows, standardisation, stratified
 from qbrec.quantizer.fit import fit_codebooks
-from qbrec.quantizer.kmeans import fit_kmeans, lloyd
+from qbrec.quantizer.kmeans import fit_kmeans
+from qbrec.quantizer.lloyd import lloyd
 from qbrec.quantizer.rvq import encode, prefix_errors
 from qbrec.quantizer.stage import run
 from qbrec.storage.artifact import ArtifactStore
 from tests.support.clusters import clustered
+from tests.support.modality_inputs import some_features, with_features
 from tests.support.quantizer_inputs import quantizer_inputs
 from tests.support.spawn import run_ranks
 
@@ -103,3 +105,37 @@ def test_the_whole_artifact_is_the_same_on_two_ranks(tmp_path: Path) -> None:
     alone = _stage(0, 1, str(tmp_path))
     for got in run_ranks(_stage, 2, str(tmp_path)):
         assert torch.equal(got["files"], alone["files"])
+
+
+def _modalities(rank: int, world: int, folder: str) -> dict[str, Tensor]:
+    store = ArtifactStore(folder)
+    inputs = {"catalog": store.find("catalog", "b" * 64), "fusion": store.find("fusion", "f" * 64)}
+    ctx = StageContext.local(
+        store, f"{folder}/runs/m{world}", stage="quantizer", key=f"a{world}" * 32, seed=2
+    )
+    ctx.rank, ctx.world = rank, world
+    keys = {"levels": [16, 16], "iterations": 3, "sample": 1200, "refine_epochs": 0, "refine_solves": 0}
+    further = {"modalities": ["joint", "text", "image"], "modality_levels": [300, 12]}
+    gate = {"collisions": "none", "quality": {"max_collision_rate": 1.0}}
+    config = parse_config({"quantizer": keys | further | gate})
+    artifact = run(ctx, config, {kind: found for kind, found in inputs.items() if found})
+    # Two columns of the text, then those of the image, which many items do not have.
+    assert (artifact.load_npy("modality_codes.npy")[:, 2] == 300).mean() > 0.2
+    digests = {name: entry["sha256"] for name, entry in artifact.manifest["files"].items()}
+    assert "codebooks.image.safetensors" in digests
+    return {name: torch.tensor(list(digest.encode())) for name, digest in digests.items()}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_codes_of_modalities_are_the_same_on_several_ranks(world: int, tmp_path: Path) -> None:
+    store, count = ArtifactStore(tmp_path), 2 * GRAIN + 100  # on four ranks one has no row at all
+    features = {
+        "text": some_features(count, 6, missing=0.1, seed=1),
+        "image": some_features(count, 5, missing=0.4, seed=2),
+    }
+    with_features(store, quantizer_inputs(store, clustered(count, 8, clusters=400)), features)
+    alone = _modalities(0, 1, str(tmp_path))
+    for got in run_ranks(_modalities, world, str(tmp_path)):
+        assert got.keys() == alone.keys()
+        for name, digest in alone.items():
+            assert torch.equal(got[name], digest), name

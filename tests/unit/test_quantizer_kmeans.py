@@ -22,16 +22,11 @@ from qbrec.quantizer.chunks import (
     standardisation,
     stratified,
 )
-from qbrec.quantizer.kmeans import (
-    add_as_integers,
-    add_by_code,
-    assign,
-    farthest_rows,
-    fit_kmeans,
-    lloyd,
-    row_argmax,
-)
-from qbrec.quantizer.seeding import plus_plus
+from qbrec.quantizer.kernels.gemm import row_argmax
+from qbrec.quantizer.kmeans import fit_kmeans
+from qbrec.quantizer.lloyd import assign, farthest_rows, lloyd
+from qbrec.quantizer.seeding import Seeding, plus_plus, seeds_of
+from qbrec.quantizer.sums import add_by_code, move_rows
 from tests.support.clusters import clustered
 
 
@@ -58,24 +53,47 @@ def test_assign_is_the_nearest_centroid_and_lowest_on_ties() -> None:
     assert row_argmax(torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]])).tolist() == [1, 0]
 
 
-def test_seeding_beats_random_rows_and_spreads() -> None:
+@pytest.mark.parametrize("method", ["parallel", "plus_plus"])
+def test_seeding_beats_random_rows_and_spreads(method: Seeding) -> None:
     x = clustered(4000, 12, clusters=50)
-    seeds = plus_plus(x, 32, seed=1)
+    seeds = seeds_of(x, 32, method=method, seed=1)
     random = [
         _inertia(x, x[torch.randperm(4000, generator=torch.Generator().manual_seed(i))[:32]])
         for i in range(5)
     ]
     assert _inertia(x, seeds) < min(random)
-    assert torch.equal(seeds, plus_plus(x, 32, seed=1))
-    assert not torch.equal(seeds, plus_plus(x, 32, seed=2))
+    assert torch.equal(seeds, seeds_of(x, 32, method=method, seed=1))
+    assert not torch.equal(seeds, seeds_of(x, 32, method=method, seed=2))
 
 
 @pytest.mark.parametrize("num_codes", [5, 300])
-def test_seeding_with_fewer_points_than_codes(num_codes: int) -> None:
+@pytest.mark.parametrize("method", ["parallel", "plus_plus", "random"])
+def test_seeding_with_fewer_points_than_codes(num_codes: int, method: Seeding) -> None:
     x = torch.eye(3).repeat(4, 1)
-    seeds = plus_plus(x, num_codes, seed=0)
+    seeds = seeds_of(x, num_codes, method=method, seed=0)
     assert seeds.shape == (num_codes, 3)
-    assert len(seeds.unique(dim=0)) == 3
+    assert 1 < len(seeds.unique(dim=0)) <= 3
+    assert method == "random" or len(seeds.unique(dim=0)) == 3
+
+
+def test_a_heavy_point_is_drawn_and_a_point_of_no_weight_never() -> None:
+    x = torch.arange(20.0)[:, None]
+    weights = np.zeros(20, dtype=np.int64)
+    weights[[3, 17]] = 5
+    for seed in range(20):
+        drawn = plus_plus(x, 3, seed=seed, weights=weights).squeeze(1).tolist()
+        assert {3.0, 17.0} <= set(drawn)
+
+
+def test_a_pass_of_mini_batches_comes_near_lloyd() -> None:
+    x = clustered(30 * GRAIN, 8, clusters=100)
+    shard = Shard(x, 0, len(x))
+    settings = {"comm": Alone(), "seed": 0, "max_sample": 4096}
+    seeds = fit_kmeans(shard, 16, iterations=0, full_passes=0, **settings)
+    batches = fit_kmeans(shard, 16, warmup="mini_batch", full_passes=0, **settings)
+    lloyd_20 = fit_kmeans(shard, 16, iterations=20, full_passes=20, **settings)
+    start, ours, best = (_inertia(x, f.centroids) for f in (seeds, batches, lloyd_20))
+    assert best <= ours < best + 0.3 * (start - best)
 
 
 def test_batched_seeding_takes_different_points() -> None:
@@ -157,13 +175,21 @@ def test_fixed_point_sums_know_no_order(values: list[float], cut: int, order: ob
     assert error <= len(values) * 2.0**-fixed.shift + 1e-15 * math.fsum(abs(v) for v in values)
 
 
-def test_sums_of_a_gpu_and_a_cpu_agree() -> None:
+def test_sums_by_code_know_no_order_and_follow_rows_that_move() -> None:
     x, codes = clustered(2000, 6), torch.arange(2000) % 7
+    codes[::11] = -1
     fixed = FixedPoint.of(2000, float(x.abs().max()))
-    one, by_one = add_by_code(x, codes, 7, fixed), add_as_integers(x, codes, 7, fixed)
-    torch.testing.assert_close(fixed.decode(one), fixed.decode(by_one), rtol=1e-5, atol=1e-4)
+    total = add_by_code(x, codes, 7, fixed)
+    kept = codes >= 0
+    want = torch.zeros(7, 6, dtype=torch.float64).index_add_(0, codes[kept], x[kept].double())
+    torch.testing.assert_close(fixed.decode(total[:, :6]), want, rtol=1e-12, atol=1e-9)
+    assert total[:, 6].tolist() == torch.bincount(codes[kept], minlength=7).tolist()
     back = torch.arange(1999, -1, -1)
-    assert torch.equal(by_one, add_as_integers(x[back], codes[back], 7, fixed))
+    assert torch.equal(total, add_by_code(x[back], codes[back], 7, fixed))
+    moved, new = codes.int(), (codes + torch.randint(0, 2, (2000,))).clamp(max=6)
+    move_rows(total, x, moved, new, fixed)
+    assert torch.equal(total, add_by_code(x, new, 7, fixed))
+    assert torch.equal(moved.long(), new)
 
 
 @given(total=st.integers(0, 10 * GRAIN), world=st.integers(1, 7))

@@ -1,0 +1,95 @@
+"""Which kernel is the fastest here: measured on some of the rows at hand, not assumed.
+
+All kernels give the same codes, so ranks need not agree and a run on another machine repeats this one's bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qbrec.quantizer.kernels.bfloat16 import Bfloat16
+from qbrec.quantizer.kernels.gemm import TILE, Float32, Kernel
+from qbrec.quantizer.kernels.pruned import Pruned, principal_directions
+
+Maker = Callable[[Tensor, Tensor], Kernel]  # of rows [n, D] and their lengths [n]
+
+WORTH = 2_000_000  # rows × passes × codes / 256 from which measuring costs less than it finds
+PROBE = 4 * TILE  # rows of one measurement
+ROUNDS = 3
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """Lengths of rows, float32 [n], tile by tile."""
+    out = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for start in range(0, len(x), TILE):
+        out[start : start + TILE] = torch.linalg.vector_norm(x[start : start + TILE], dim=1)
+    return out
+
+
+def candidates(device: torch.device, *, sample: Tensor) -> dict[str, Maker]:
+    """Kernels that can run on a device, the reference first.
+
+    Args:
+        device: Where the rows are.
+        sample: Rows float32 [m, D] whose principal directions speak for all.
+    """
+    found: dict[str, Maker] = {"float32": Float32}
+    if device.type == "cuda":
+        found["bfloat16"] = Bfloat16
+        if importlib.util.find_spec("triton") is not None:
+            from qbrec.quantizer.kernels.fused import Fused
+
+            found["fused"] = Fused
+    elif device.type == "cpu":
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            found["bfloat16"] = Bfloat16
+        if importlib.util.find_spec("numba") is not None:
+            directions = principal_directions(sample)
+            if directions is not None:
+                found["pruned"] = lambda x, norms: Pruned(x, norms, directions)
+    return found
+
+
+def choose(x: Tensor, centroids: Tensor, *, passes: int, sample: Tensor) -> Kernel:
+    """The kernel that assigns these rows fastest.
+
+    Args:
+        x: This rank's rows float32 [n, D].
+        centroids: float32 [K, D], near where they will be.
+        passes: How often all rows will be assigned.
+        sample: Rows of the whole matrix float32 [m, D].
+    """
+    norms = row_norms(x)
+    if len(x) * passes * len(centroids) < WORTH * 256:
+        return Float32(x, norms)
+    makers = candidates(x.device, sample=sample)
+    probe, lengths = x[:PROBE], norms[:PROBE]
+    seconds = {name: _seconds(make, probe, lengths, centroids, passes) for name, make in makers.items()}
+    return makers[min(seconds, key=lambda name: seconds[name])](x, norms)
+
+
+def _seconds(make: Maker, x: Tensor, norms: Tensor, centroids: Tensor, passes: int) -> float:
+    """Seconds of so many passes in one thread, the best of some rounds; the first one compiles."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        began = _now(x.device)
+        nearest = make(x, norms).bind(centroids)()
+        nearest(slice(0, len(x)))
+        first = _now(x.device)
+        nearest(slice(0, len(x)))  # with what it has learned of these rows
+        best = min(best, first - began + (passes - 1) * (_now(x.device) - first))
+    torch.set_num_threads(threads)
+    return best
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
