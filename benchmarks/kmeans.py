@@ -4,9 +4,10 @@ Every run is a process of its own, because the thread pools of faiss and torch d
 interleaved and medians compared. `inertia_ratio` is ours / faiss over all points; `default_*` compares our
 default fit (seeding, Lloyd on a sample, passes over everything) with faiss on all points;
 `two_ranks_vs_two_threads` is the time of one process with two threads / two gloo ranks with one each.
-The last line is JSON. Needs faiss-cpu.
+Loops are compiled (or read from numba's cache) before the clock starts, as imports are done. The last line is
+JSON. Needs faiss-cpu.
 
-    python benchmarks/kmeans.py [--rows 200000] [--rounds 3]
+    python benchmarks/kmeans.py [--rows 1000000] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -26,14 +27,22 @@ WIDTH, CODES, ITERATIONS, THREADS = 128, 256, 10, 2
 VARIANTS = ("faiss", "ours", "ours_default", "two_ranks")
 
 
-def make_vectors(rows: int, *, seed: int = 0) -> np.ndarray:
-    """Unit vectors of 2,000 clusters with a Zipf-like size and a spectrum that falls off."""
+def make_vectors(rows: int, *, width: int = WIDTH, seed: int = 0, part: int = 0) -> np.ndarray:
+    """Unit vectors of 2,000 clusters with a Zipf-like size and a spectrum that falls off.
+
+    Args:
+        rows: How many.
+        width: Dimensions.
+        seed: Seeds the clusters.
+        part: Seeds the rows as well: parts with other numbers are other rows of the same clusters.
+    """
     rng = np.random.default_rng(seed)
-    spectrum = (1 / np.sqrt(1 + np.arange(WIDTH) / (WIDTH / 16))).astype(np.float32)
-    centres = rng.standard_normal((2000, WIDTH), dtype=np.float32) * spectrum
+    spectrum = (1 / np.sqrt(1 + np.arange(width) / (width / 16))).astype(np.float32)
+    centres = rng.standard_normal((2000, width), dtype=np.float32) * spectrum
+    rng = np.random.default_rng([seed, part]) if part else rng
     share = 1 / np.arange(1, 2001) ** 0.7
     x = centres[rng.choice(2000, rows, p=share / share.sum())]
-    x += 0.6 * rng.standard_normal((rows, WIDTH), dtype=np.float32) * spectrum
+    x += 0.6 * rng.standard_normal((rows, width), dtype=np.float32) * spectrum
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
@@ -50,16 +59,33 @@ def run_ours(x: np.ndarray, start: np.ndarray, *, default: bool) -> np.ndarray:
     import torch
 
     from qbrec.quantizer.chunks import Alone, Shard
+    from qbrec.quantizer.kernels.choose import choose
     from qbrec.quantizer.kmeans import fit_kmeans
     from qbrec.quantizer.lloyd import lloyd
 
     torch.set_num_threads(THREADS)
-    shard = Shard(torch.from_numpy(x), 0, len(x))
+    shard, seeds = Shard(torch.from_numpy(x), 0, len(x)), torch.from_numpy(start)
     if default:
         return fit_kmeans(shard, CODES, comm=Alone(), seed=1).centroids.numpy()
-    fit = lloyd(shard, torch.from_numpy(start), comm=Alone(), iterations=ITERATIONS, bound=1.0)
+    kernel = choose(shard.x, seeds, passes=ITERATIONS, sample=shard.x[:16_384])
+    fit = lloyd(shard, seeds, comm=Alone(), iterations=ITERATIONS, bound=1.0, kernel=kernel)
     assert fit.iterations == ITERATIONS
     return fit.centroids.numpy()
+
+
+def warm_up(x: np.ndarray) -> None:
+    """Compile: a short fit of everything."""
+    import torch
+
+    from qbrec.quantizer.chunks import Alone, Shard
+    from qbrec.quantizer.kernels import choose as choosing
+    from qbrec.quantizer.kernels.gemm import NATIVE_ROWS
+    from qbrec.quantizer.lloyd import lloyd
+
+    few = torch.from_numpy(x[: NATIVE_ROWS + 1])
+    for make in choosing.candidates(few.device, sample=few[:4096]).values():
+        kernel = make(few, choosing.row_norms(few))
+        lloyd(Shard(few, 0, len(few)), few[:16], comm=Alone(), iterations=1, bound=1.0, kernel=kernel)
 
 
 def _rank(rank: int, folder: str, out: str) -> None:
@@ -68,6 +94,7 @@ def _rank(rank: int, folder: str, out: str) -> None:
 
     from qbrec.engine.context import StageContext
     from qbrec.quantizer.chunks import Shard, split_rows
+    from qbrec.quantizer.kernels.choose import choose
     from qbrec.quantizer.lloyd import lloyd
     from qbrec.storage.artifact import ArtifactStore
 
@@ -77,10 +104,12 @@ def _rank(rank: int, folder: str, out: str) -> None:
     comm.rank, comm.world = rank, 2
     x, start = np.load(f"{folder}/x.npy", mmap_mode="r"), np.load(f"{folder}/start.npy")
     a, b = split_rows(len(x), rank=rank, world=2)
-    shard = Shard(torch.from_numpy(np.array(x[a:b])), a, len(x))
+    shard, seeds = Shard(torch.from_numpy(np.array(x[a:b])), a, len(x)), torch.from_numpy(start)
+    warm_up(x)
     dist.barrier()
     began = time.perf_counter()
-    fit = lloyd(shard, torch.from_numpy(start), comm=comm, iterations=ITERATIONS, bound=1.0)
+    kernel = choose(shard.x, seeds, passes=ITERATIONS, sample=torch.from_numpy(np.array(x[:16_384])))
+    fit = lloyd(shard, seeds, comm=comm, iterations=ITERATIONS, bound=1.0, kernel=kernel)
     if rank == 0:
         np.save(f"{out}.npy", fit.centroids.numpy())
         Path(f"{out}.json").write_text(json.dumps(time.perf_counter() - began))
@@ -103,7 +132,7 @@ def child(variant: str, folder: str, out: str) -> None:
     if variant == "faiss":
         import faiss  # noqa: F401 - imports are not part of the time
     else:
-        import torch  # noqa: F401
+        warm_up(x)
     began = time.perf_counter()
     centroids = runs[variant]()
     Path(f"{out}.json").write_text(json.dumps(time.perf_counter() - began))
@@ -119,7 +148,7 @@ def inertia(x: np.ndarray, centroids: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -185,14 +185,26 @@ class Pipeline:
 
             dist.barrier()
 
+    def catch_up(self) -> None:
+        """Give what was appended to the catalogue its semantic IDs, where it has none yet.
+
+        Raises:
+            QbrecError: See `append_run.bring_to_models`.
+        """
+        from qbrec.append_run import bring_to_models
+
+        limit = self.config.quantizer.quality.max_drift
+        bring_to_models(self.config, self.record, self.store, max_drift=limit, say=say, warn=say)
+
     def register(self) -> str | None:
         """Register the model unless this very one is registered; its version, None where switched off."""
         if not (self.config.registry.enabled and self.config.tracking.enabled):
             return None
+        from qbrec.append_run import with_generations
         from qbrec.registry.versions import register
 
         self.tracker.flush()  # the version hangs on the run's own MLflow run
-        artifacts = {name: self.artifacts[name] for name in STAGES}
+        artifacts = with_generations(self.config, {name: self.artifacts[name] for name in STAGES})
         return register(self.config, self.run_dir, artifacts)
 
     def report(self) -> Path:

@@ -9,13 +9,14 @@ import click
 from qbrec.cli.options import config_options
 
 if TYPE_CHECKING:
-    from qbrec.quantizer.ids import SemanticIds
-    from qbrec.storage.catalog_view import CatalogView
+    from qbrec.config import RootConfig
+    from qbrec.quantizer.grown_ids import GrownIds
+    from qbrec.storage.generations import GenerationsView
 
 
 @click.group()
 def ids() -> None:
-    """Show semantic IDs with their labels; find items by prefix."""
+    """Show semantic IDs with their labels; find items by prefix. Items added by `qbrec append` too."""
 
 
 @ids.command()
@@ -40,13 +41,9 @@ def show(
     """
     from qbrec.config import load_config
     from qbrec.errors import DataError
-    from qbrec.pipeline import finished_artifacts
-    from qbrec.quantizer.ids import SemanticIds
-    from qbrec.storage.catalog_view import CatalogView
 
     config = load_config(config_path, overrides=overrides)
-    artifacts = finished_artifacts(config)
-    view, table = CatalogView(artifacts["catalog"]), SemanticIds(artifacts["quantizer"])
+    view, table = _open(config)
     if items:
         rows = view.lookup(list(items), domain or config.data.target_domain)
         unknown = [item for item, row in zip(items, rows, strict=True) if row < 0]
@@ -54,10 +51,10 @@ def show(
             raise DataError(
                 f"unknown item {unknown[0]!r}",
                 where=f"domain {domain or config.data.target_domain}",
-                fix="item ids are those of items.parquet",
+                fix="item ids are those of items.parquet and of what was appended",
             )
     else:
-        rows = view.train_counts.argsort()[::-1][:count].copy()
+        rows = view.base.train_counts.argsort()[::-1][:count].copy()
     _print(view, table, [int(row) for row in rows])
 
 
@@ -73,18 +70,27 @@ def find(config_path: str | None, overrides: tuple[str, ...], prefix: str, limit
       qbrec ids find --config launch/quickstart.yaml 12.7
     """
     from qbrec.config import load_config
-    from qbrec.pipeline import finished_artifacts
-    from qbrec.quantizer.ids import SemanticIds
-    from qbrec.storage.catalog_view import CatalogView
 
-    artifacts = finished_artifacts(load_config(config_path, overrides=overrides))
-    view, table = CatalogView(artifacts["catalog"]), SemanticIds(artifacts["quantizer"])
+    view, table = _open(load_config(config_path, overrides=overrides))
     rows = table.find(prefix)
     click.echo(f"{len(rows)} items")
     _print(view, table, [int(row) for row in rows[:limit]])
 
 
-def _print(view: CatalogView, table: SemanticIds, rows: list[int]) -> None:
+def _open(config: RootConfig) -> tuple[GenerationsView, GrownIds]:
+    """Items and IDs of a run, its generations among them."""
+    from qbrec.append_run import with_generations
+    from qbrec.pipeline import finished_artifacts
+    from qbrec.quantizer.grown_ids import GrownIds
+    from qbrec.storage.generations import GenerationsView
+    from qbrec.storage.id_table import GENERATION, IDS, numbered
+
+    artifacts = with_generations(config, finished_artifacts(config))
+    view = GenerationsView(artifacts["catalog"], numbered(artifacts, GENERATION))
+    return view, GrownIds(artifacts["quantizer"], numbered(artifacts, IDS))
+
+
+def _print(view: GenerationsView, table: GrownIds, rows: list[int]) -> None:
     for shown, item, title in zip(table.show(rows), view.item_ids(rows), view.titles(rows), strict=True):
         others = f"  (+{shown.bucket - 1} more on this ID)" if shown.bucket > 1 else ""
         click.echo(f"{item:<20} {shown.text:<28} {shown.label}{others}")

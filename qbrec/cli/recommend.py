@@ -27,16 +27,27 @@ def recommend(
 ) -> None:
     """Rank the whole catalogue for a history and print the best items.
 
+    Items added by `qbrec append` are ranked too, and may stand in the history; retired ones are left out.
+
     \b
     Example:
       qbrec recommend --config launch/quickstart.yaml --history i000000017 i000000230 --k 5
     """
+    from qbrec.append_run import with_generations
     from qbrec.config import load_config
     from qbrec.pipeline import finished_artifacts
     from qbrec.registry.recommend import Recommender
 
     config = load_config(config_path, overrides=overrides)
-    recommender = Recommender.from_artifacts(finished_artifacts(config), ranking=config.ranking)
+    artifacts = with_generations(config, finished_artifacts(config))
+    recommender = Recommender.from_artifacts(artifacts, ranking=config.ranking)
+    if recommender.num_waiting:
+        click.secho(
+            f"{recommender.num_waiting:,} appended items have no semantic ID yet and are not ranked: "
+            "`qbrec run` with the same configuration gives them theirs",
+            err=True,
+            fg="yellow",
+        )
     (items,) = recommender.recommend([[*history, *more]], k=k, keep_seen=keep_seen)
     if as_json:
         click.echo(json.dumps(items, indent=1))

@@ -14,17 +14,21 @@ from qbrec.cli.options import config_options
 def register(config_path: str | None, overrides: tuple[str, ...]) -> None:
     """Register the model of a finished run as a new version with the alias @challenger.
 
+    What `qbrec append` added since is part of it: new items are served, retired ones are not.
+
     \b
     Example:
       qbrec register --config shop.yaml
     """
+    from qbrec.append_run import with_generations
     from qbrec.config import load_config
     from qbrec.pipeline import finished_artifacts
     from qbrec.registry.versions import register as register_run
     from qbrec.run_record import run_directory
 
     config = load_config(config_path, overrides=overrides)
-    version = register_run(config, run_directory(config), finished_artifacts(config))
+    artifacts = with_generations(config, finished_artifacts(config))
+    version = register_run(config, run_directory(config), artifacts)
     click.echo(f"models:/{config.registry.model_name}@challenger is version {version}")
 
 

@@ -23,7 +23,7 @@ def run(config_path: str | None, overrides: tuple[str, ...], resume: str) -> Non
       torchrun --nproc-per-node 2 -m qbrec run --config shop.yaml
     """
     from qbrec.config import load_config
-    from qbrec.errors import RegistryError
+    from qbrec.errors import QbrecError, RegistryError
     from qbrec.pipeline import Pipeline
 
     config = load_config(config_path, overrides=overrides)
@@ -31,6 +31,10 @@ def run(config_path: str | None, overrides: tuple[str, ...], resume: str) -> Non
         evaluation = pipeline.up_to("evaluation")
         if not pipeline.is_main:
             return
+        try:
+            pipeline.catch_up()
+        except QbrecError as error:
+            click.secho(f"appended items have no semantic IDs: {error}", err=True, fg="yellow")
         try:
             version = pipeline.register()
         except RegistryError as error:

@@ -65,24 +65,36 @@ class QualityConfig(Section):
     max_dead_fraction: Fraction = 0.5  # codes that no item has, at any level, before collisions are resolved
     min_r2_held_out: Fraction = 0.1  # variance explained after all levels, on held-out items; 0: off
     # Mean cosine of items on one code of level 0, minus that in shuffled IDs, must exceed this; 0: off.
-    min_cohesion_ratio: Fraction = 0.05
+    min_cohesion_gain: Fraction = 0.05
     max_collision_rate: Fraction = 0.5  # items that share their ID with an item of other content
     max_largest_bucket: Count = 10_000  # distinct contents on one ID; 0: off
     # Quantisation error of appended items over that of the catalogue's: above it `qbrec append` says refit.
     max_drift: float = Field(default=1.5, gt=0)
 
 
+class RqvaeConfig(Section):
+    """Auto-encoder around the codebooks (method rqvae): warmed up, clustered, then trained through them."""
+
+    latent: Positive = 32
+    hidden: tuple[Positive, ...] = (256, 128)  # widths of the layers, from the input inwards
+    beta: float = Field(default=0.25, ge=0)  # weight of the commitment of latents to their codes
+    gradient: Literal["rotation", "straight_through"] = "rotation"  # how it passes the choice of codes
+    warmup: TrainConfig = TrainConfig(epochs=10, batch_size=1024, micro_batch=1024)
+    train: TrainConfig = TrainConfig(epochs=20, batch_size=1024, micro_batch=1024)
+
+
 class QuantizerConfig(Section):
     """Stage 2: residual vector quantizer initialised by distributed k-means."""
 
-    method: Literal["rq_kmeans", "rvq"] = "rvq"
+    method: Literal["rq_kmeans", "rvq", "rqvae"] = "rvq"
+    rqvae: RqvaeConfig = RqvaeConfig()
     levels: Literal["auto"] | tuple[Positive, ...] = "auto"
     # How k-means starts: k-means++ or k-means|| on a sample, or rows at random.
     seeding: Literal["plus_plus", "parallel", "random"] = "plus_plus"
-    warmup: Literal["sample", "mini_batch"] = "sample"  # before the full passes: Lloyd on a sample, or one pass
-    iterations: Count = 12  # Lloyd iterations on the sample (on everything, where that is no larger)
+    warmup: Literal["sample", "mini_batch"] = "sample"  # before the full passes: Lloyd on a sample, or this
+    iterations: Count = 20  # most Lloyd iterations on the sample; on everything up to 131,072 items
     full_passes: Count = 1  # Lloyd iterations over all items after those on the sample
-    sample: Positive = 1_048_576  # most items in the sample (256 per code), over all ranks
+    sample: Positive = 1_048_576  # most items in the sample (128 per code), over all ranks
     refine_epochs: Count = 2  # joint EMA passes (rvq)
     refine_solves: Count = 1  # least-squares solves of all codebooks (rvq)
     beam: Positive = 1  # partial IDs kept while encoding; 1: greedy

@@ -24,6 +24,7 @@ from qbrec.ranking.validate import validation_users
 from qbrec.sequence.bonus import BONUS_SETTING, load_scorer
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView, Histories
+from qbrec.storage.token_table import token_table
 
 
 def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
@@ -99,7 +100,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
 
 def _models(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> dict[str, Scorer]:
     """The model, and beside it the semantic IDs alone where it has more than them."""
-    semantic_ids = inputs["quantizer"].load_npy("semantic_ids.npy")
+    semantic_ids = token_table(inputs["quantizer"]).codes
 
     def load(*, bonus: bool) -> Scorer:
         return load_scorer(

@@ -11,7 +11,7 @@ from torch import Tensor
 from qbrec.engine.context import StageContext
 from qbrec.quantizer.chunks import stratified
 from qbrec.quantizer.collisions import Resolution
-from qbrec.quantizer.quality import PAIR_ROWS, bucket_figures, cohesion, level_usage
+from qbrec.quantizer.quality import PAIR_ROWS, add_residual_energy, bucket_figures, cohesion, level_usage
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.vectors import take_fused
 from qbrec.storage.blocks import BlockSet
@@ -27,6 +27,7 @@ def assess(
     catalog: CatalogView,
     blocks: BlockSet,
     errors: Tensor,
+    errors_everywhere: Tensor,
 ) -> dict[str, Any]:
     """Figures of the codes as encoded (`levels`, `raw`) and of the IDs after collisions were resolved.
 
@@ -35,26 +36,26 @@ def assess(
         raw: Codes as encoded, unsigned [N, L].
         resolution: What became of collisions.
         quantizer: What encoded them.
-        catalog: Content groups.
+        catalog: Content groups; retired items, which how IDs are shared leaves out.
         blocks: Of the fusion artifact.
         errors: Squared error of held-out items after 0, 1, … L levels, float64 [L + 1].
+        errors_everywhere: The same of all items.
     """
-    group, sizes = np.asarray(catalog.duplicate_group), quantizer.sizes
+    live = np.flatnonzero(~np.asarray(catalog.retired))
+    group, sizes = np.asarray(catalog.duplicate_group)[live], quantizer.sizes
     levels = level_usage(raw, sizes)
-    whole = max(float(errors[0]), 1e-300)
-    for level, figures in enumerate(levels):
-        figures["r2_held_out"] = 1.0 - float(errors[level + 1]) / whole
+    add_residual_energy(levels, held_out=errors.tolist(), everywhere=errors_everywhere.tolist())
     rows = stratified(len(raw), PAIR_ROWS, seed=ctx.sub_seed("quantizer.cohesion"))
     vectors = quantizer.latents(take_fused(blocks, rows, quantizer.mean.device)).cpu().numpy()
     seed = ctx.sub_seed("quantizer.shuffle")
     return {
         "num_items": len(raw),
         "levels": levels,
-        **bucket_figures(resolution.codes, sizes, group=group),
-        "raw": bucket_figures(raw, sizes, group=group),
+        **bucket_figures(resolution.codes[live], resolution.sizes, group=group),
+        "raw": bucket_figures(raw[live], sizes, group=group),
         "moved": resolution.moved,
         "unresolved": resolution.unresolved,
-        "cohesion": cohesion(vectors, resolution.codes[rows], sizes, seed=seed),
+        "cohesion": cohesion(vectors, resolution.codes[rows], resolution.sizes, seed=seed),
     }
 
 

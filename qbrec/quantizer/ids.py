@@ -15,7 +15,7 @@ from qbrec.errors import ConfigError, DataError
 from qbrec.quantizer.labels import describe
 from qbrec.storage.artifact import Artifact
 
-_LEVEL = "abcdefghijklmnopqrstuvwxyz"
+LEVELS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class SemanticIds:
 
 def id_text(codes: Sequence[int]) -> str:
     """An ID as the tokens of the vocabulary: `<a_12><b_7><c_251><d_3>`."""
-    return "".join(f"<{_LEVEL[level]}_{int(code)}>" for level, code in enumerate(codes))
+    return "".join(f"<{LEVELS[level]}_{int(code)}>" for level, code in enumerate(codes))
 
 
 def parse_prefix(text: str) -> tuple[int, ...]:
@@ -117,7 +117,7 @@ def parse_prefix(text: str) -> tuple[int, ...]:
     text = text.strip()
     tokens = re.findall(r"<([a-z])_(\d+)>", text)
     if tokens and "".join(f"<{a}_{n}>" for a, n in tokens) == text.replace(" ", ""):
-        if [a for a, _ in tokens] == list(_LEVEL[: len(tokens)]):
+        if [a for a, _ in tokens] == list(LEVELS[: len(tokens)]):
             return tuple(int(n) for _, n in tokens)
     elif re.fullmatch(r"\d+([.,\s]+\d+)*", text):
         return tuple(int(n) for n in re.findall(r"\d+", text))

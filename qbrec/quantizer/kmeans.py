@@ -29,9 +29,11 @@ from qbrec.quantizer.sums import add_by_code
 
 Warmup = Literal["sample", "mini_batch"]
 
-SAMPLE_PER_CODE = 256  # rows per centroid on which Lloyd starts
-SEED_ROWS_PER_CODE = 32  # rows per centroid that seeding sees, within the limits below
-MIN_SEED_ROWS, MAX_SEED_ROWS = 8192, 262_144
+SMALL = 131_072  # rows up to which no sample is taken
+SAMPLE_PER_CODE = 128  # rows per centroid on which Lloyd starts
+SEED_ROWS_PER_CODE = 16  # rows per centroid that seeding sees of a sample, within the limits below
+MIN_SEED_ROWS, MAX_SEED_ROWS = 4096, 131_072
+TOLERANCE = 2e-3  # Lloyd on the sample stops when an iteration gains less than this share of the inertia
 
 
 def fit_kmeans(
@@ -42,13 +44,13 @@ def fit_kmeans(
     seed: int,
     seeding: Seeding = "plus_plus",
     warmup: Warmup = "sample",
-    iterations: int = 12,
+    iterations: int = 20,
     full_passes: int = 1,
     max_sample: int = 1_048_576,
 ) -> KMeans:
-    """Seed on a sample, run Lloyd on a sample of 256 rows per code, finish with passes over all rows.
+    """Seed on a sample, run Lloyd on a sample of 128 rows per code, finish with passes over all rows.
 
-    A catalogue no larger than the sample gets its `iterations` on all rows at once.
+    A catalogue of at most `SMALL` rows, or no larger than the sample, gets its `iterations` on all rows.
 
     Args:
         shard: This rank's rows; together the ranks hold the whole matrix.
@@ -57,14 +59,18 @@ def fit_kmeans(
         seed: Seeds sampling, seeding and the order of mini-batches.
         seeding: How the first centroids are drawn, see `seeding`.
         warmup: `sample`: Lloyd on the sample. `mini_batch`: one pass of mini-batches over all rows instead.
-        iterations: Lloyd iterations on the sample; 0 with no full passes leaves the seeds as they are.
+        iterations: Lloyd iterations on the sample, at most (see `TOLERANCE`); 0 with no full passes leaves
+            the seeds as they are.
         full_passes: Lloyd iterations over all rows after the sample or the mini-batches.
         max_sample: Upper limit of the sample, in rows over all ranks.
     """
     train = train_rows(shard, comm)
     bound = max_abs(shard, comm)
-    chosen = train[stratified(len(train), min(max_sample, SAMPLE_PER_CODE * num_codes), seed=seed)]
-    count = min(max(SEED_ROWS_PER_CODE * num_codes, MIN_SEED_ROWS), MAX_SEED_ROWS, len(chosen))
+    small = len(train) <= min(max_sample, SMALL)
+    size = len(train) if small else min(max_sample, SAMPLE_PER_CODE * num_codes)
+    chosen = train[stratified(len(train), size, seed=seed)]
+    few = max(SEED_ROWS_PER_CODE * num_codes, MIN_SEED_ROWS) if len(chosen) < len(train) else MAX_SEED_ROWS
+    count = min(few, MAX_SEED_ROWS, len(chosen))
     pool = gather_rows(shard, chosen[stratified(len(chosen), count, seed=seed + 1)], comm)
     centroids = pool[:1].expand(num_codes, -1).clone()
     if comm.rank == 0:
@@ -81,7 +87,15 @@ def fit_kmeans(
         start, stop = split_rows(len(sample), rank=comm.rank, world=comm.world)
         part = Shard(sample[start:stop].clone(), start, len(sample))
         kernel = choose(part.x, centroids, passes=iterations, sample=pool)
-        first = lloyd(part, centroids, comm=comm, iterations=iterations, bound=bound, kernel=kernel)
+        first = lloyd(
+            part,
+            centroids,
+            comm=comm,
+            iterations=iterations,
+            bound=bound,
+            kernel=kernel,
+            tolerance=TOLERANCE if full_passes else 0.0,
+        )
     else:
         first = KMeans(centroids, float("nan"), 0, 0)
     if full_passes == 0:

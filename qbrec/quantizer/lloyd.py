@@ -117,6 +117,7 @@ def lloyd(
     iterations: int,
     bound: float,
     kernel: Kernel | None = None,
+    tolerance: float = 0.0,
 ) -> KMeans:
     """Lloyd iterations from given centroids; an empty cluster moves to the row farthest from its centroid.
 
@@ -129,6 +130,7 @@ def lloyd(
         iterations: Passes over all rows.
         bound: Largest magnitude in the global matrix.
         kernel: Over the shard's rows; None: float32.
+        tolerance: Stop when an iteration lowers the inertia by less than this share of it.
 
     Returns:
         The same result, bit for bit, on every rank, for every partition of the rows and every kernel.
@@ -136,10 +138,10 @@ def lloyd(
     kernel = kernel or Float32(shard.x, row_norms(shard.x))
     clusters = Clusters(shard, len(centroids), comm=comm, bound=bound)
     squares = sum_of_squares(shard, comm, bound=bound)
-    reseeded, inertia, done = 0, 0.0, 0
+    reseeded, inertia, done = 0, float("inf"), 0
     for done in range(1, iterations + EXTRA + 1):
         sums, counts = clusters.update(kernel, centroids)
-        inertia = _inertia(squares, sums, counts, centroids)
+        before, inertia = inertia, _inertia(squares, sums, counts, centroids)
         means = (sums / counts.clamp(min=1)[:, None]).float()
         empty = (counts == 0).nonzero().squeeze(1)
         updated = torch.where((counts > 0)[:, None], means, centroids)
@@ -153,7 +155,8 @@ def lloyd(
             empty = empty[: len(seeds)]
         still = torch.equal(updated, centroids)
         centroids = updated
-        if still or (done >= iterations and len(empty) == 0):
+        enough = done >= iterations or before - inertia < tolerance * inertia
+        if still or (enough and len(empty) == 0):
             break
     return KMeans(centroids, inertia, done, reseeded)
 

@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qbrec.config.stages import QuantizerConfig
-from qbrec.quantizer.collisions import Resolution, next_nearest
+from qbrec.quantizer.collisions import Resolution, digit, next_nearest, sinkhorn
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.rvq import residual_before
 from qbrec.quantizer.vectors import take_fused
 from qbrec.storage.blocks import BlockSet
 from qbrec.storage.catalog_view import CatalogView
+
+SPARE_DIGITS = 16  # of the policy `digit`, for items appended later
 
 
 def resolve(
@@ -30,25 +32,47 @@ def resolve(
     Args:
         raw: Codes as encoded, unsigned [N, L].
         quantizer: What encoded them.
-        config: Policy and capacity.
-        catalog: Content groups and popularity.
+        config: Policy and what belongs to it.
+        catalog: Content groups, popularity and retired items, which take no room from others.
         blocks: Of the fusion artifact.
+
+    Raises:
+        ConfigError: Policy `digit`, and an ID does not fit into 63 bits.
     """
+    sizes = quantizer.sizes
     if config.collisions == "none":
-        return Resolution(raw, 0, 0)
-    last = len(quantizer.sizes) - 1
+        return Resolution(raw, sizes, 0, 0)
+    group, popularity = np.asarray(catalog.duplicate_group), np.asarray(catalog.train_counts)
+    retired = np.asarray(catalog.retired)
+    if config.collisions == "digit":
+        return digit(raw, sizes, group=group, popularity=popularity, retired=retired, spare=SPARE_DIGITS)
     device = quantizer.mean.device
 
     def residuals(rows: NDArray[np.int64]) -> Tensor:
         latents = quantizer.latents(take_fused(blocks, rows, device))
-        return residual_before(last, latents, raw[rows], quantizer.books)
+        return residual_before(len(sizes) - 1, latents, raw[rows], quantizer.books)
 
+    last_level = quantizer.books.levels[-1]
+    if config.collisions == "sinkhorn":
+        return sinkhorn(
+            raw,
+            sizes,
+            group=group,
+            popularity=popularity,
+            capacity=config.capacity,
+            last_level=last_level,
+            residuals=residuals,
+            epsilon=config.sinkhorn_epsilon,
+            iterations=config.sinkhorn_iterations,
+            retired=retired,
+        )
     return next_nearest(
         raw,
-        quantizer.sizes,
-        group=np.asarray(catalog.duplicate_group),
-        popularity=np.asarray(catalog.train_counts),
+        sizes,
+        group=group,
+        popularity=popularity,
         capacity=config.capacity,
-        last_level=quantizer.books.levels[-1],
+        last_level=last_level,
         residuals=residuals,
+        retired=retired,
     )

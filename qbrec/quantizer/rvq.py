@@ -139,7 +139,7 @@ def fit_levels(
     seed: int,
     seeding: Seeding = "plus_plus",
     warmup: Warmup = "sample",
-    iterations: int = 12,
+    iterations: int = 20,
     full_passes: int = 1,
     max_sample: int = 1_048_576,
     finished: Sequence[Tensor] = (),

@@ -40,14 +40,20 @@ def load_shard(ctx: StageContext, blocks: BlockSet, *, held_out: float) -> tuple
             fix="the fusion training has diverged: lower fusion.train.learning_rate and run again",
         )
     train = None
-    if int(total * held_out):
-        held = stratified(total, int(total * held_out), seed=ctx.sub_seed("quantizer.held_out"))
+    held = held_out_rows(ctx, total, held_out)
+    if len(held):
         train = torch.ones(stop - start, dtype=torch.bool, device=ctx.device)
         train[torch.from_numpy(held[(held >= start) & (held < stop)] - start).to(ctx.device)] = False
     mean, std = standardisation(Shard(fused, start, total), ctx)
     fused -= mean
     fused /= std
     return Shard(fused, start, total, train), (mean, std)
+
+
+def held_out_rows(ctx: StageContext, total: int, share: float) -> NDArray[np.int64]:
+    """Rows that a fit must not see, ascending, the same on every rank."""
+    count = int(total * share)
+    return stratified(total, count, seed=ctx.sub_seed("quantizer.held_out"))
 
 
 def take_fused(blocks: BlockSet, rows: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -88,7 +88,8 @@ class BonusScorer:
     """Another scorer's scores plus the co-occurrence bonus; exact, since every item is scored.
 
     Args:
-        base: The scorer over semantic IDs.
+        base: The scorer over semantic IDs; it may know more rows than `neighbours` (items appended after the
+            training), which get no bonus.
         neighbours: Followers, weight and decay.
     """
 
@@ -96,14 +97,14 @@ class BonusScorer:
         self.base, self.neighbours, self.name = base, neighbours, base.name
 
     def scores(self, histories: Ragged, domain: Domain) -> torch.Tensor:
-        """Scores float32 [B, N]."""
+        """Scores float32 [B, N of the base scorer]."""
         scores = self.base.scores(histories, domain)
         add_bonus(scores, self.neighbours.bonus(histories), weight=self.neighbours.weight)
         return scores
 
 
 def add_bonus(scores: torch.Tensor, bonus: sp.csr_matrix, *, weight: float) -> None:
-    """Add `weight` · bonus (CSR [B, N]) to scores [B, N] in place."""
+    """Add `weight` · bonus (CSR [B, <= N]) to scores [B, N] in place."""
     rows = np.repeat(np.arange(bonus.shape[0]), np.diff(bonus.indptr))
     places = (
         torch.from_numpy(rows).to(scores.device),
@@ -215,7 +216,8 @@ def recency(histories: Ragged, *, decay: float, num_items: int) -> sp.csr_matrix
     """Weight decay^age of the last 20 items of every history (age 0: the last one).
 
     Args:
-        histories: B ragged rows of item rows, most recent last.
+        histories: B ragged rows of item rows, most recent last. Rows from N on, items appended after the
+            training, keep their place in the history but follow nothing: they are left out.
         decay: Weight of an item against the one after it.
         num_items: N.
 
@@ -224,5 +226,7 @@ def recency(histories: Ragged, *, decay: float, num_items: int) -> sp.csr_matrix
     """
     last = histories.last(LAST)
     age = np.repeat(last.offsets[1:], last.lengths) - 1 - np.arange(len(last.values))
-    data = (decay**age).astype(np.float32)
-    return sp.csr_matrix((data, last.values.astype(np.int64), last.offsets), shape=(len(last), num_items))
+    known = last.values < num_items
+    offsets = np.concatenate([[0], np.cumsum(known)])[last.offsets]
+    data = (decay ** age[known]).astype(np.float32)
+    return sp.csr_matrix((data, last.values[known].astype(np.int64), offsets), shape=(len(last), num_items))

@@ -17,6 +17,8 @@ from qbrec.config import RootConfig
 from qbrec.errors import DataError
 from qbrec.sequence.bonus import BONUS_FILES
 from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore, write_atomic
+from qbrec.storage.id_table import GENERATION, IDS, numbered
+from qbrec.storage.token_table import MODALITY_CODES, SEMANTIC_IDS
 
 BUNDLE_FILE = "bundle.json"
 CARD_FILE = "MODEL_CARD.md"
@@ -32,9 +34,22 @@ PARTS: dict[str, tuple[str, ...]] = {
         "retired.npy",
         "representatives.npy",
     ),
-    "quantizer": ("semantic_ids.npy", "codebooks.safetensors", "labels.json", "quality.json"),
+    "quantizer": (SEMANTIC_IDS, MODALITY_CODES, "codebooks.safetensors", "labels.json", "quality.json"),
     "finetune": ("encoder.safetensors", "encoder.json", *BONUS_FILES),
     "evaluation": ("metrics.json", "ranks.parquet"),
+}
+# The same of every generation: generation-1, ids-1, generation-2, …
+GENERATION_PARTS: dict[str, tuple[str, ...]] = {
+    GENERATION: (
+        "items.arrow",
+        "hashes.npy",
+        "item_domain.npy",
+        "changed.arrow",
+        "changed.npy",
+        "retired.npy",
+        "restored.npy",
+    ),
+    IDS: (SEMANTIC_IDS, MODALITY_CODES, "drift.json"),
 }
 
 
@@ -44,7 +59,8 @@ def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Ar
     Args:
         folder: Where to; made if missing.
         config: The run's configuration (target domain, ranking, size limit).
-        artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`.
+        artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`, and the generations appended since:
+            `generation-1`, `ids-1`, `generation-2`, …
         card: The model card, Markdown.
 
     Raises:
@@ -52,7 +68,12 @@ def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Ar
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, dict[str, Any]] = {}
-    for kind, names in PARTS.items():
+    wanted = PARTS | {
+        f"{kind}-{number}": names
+        for kind, names in GENERATION_PARTS.items()
+        for number in range(1, len(numbered(artifacts, kind)) + 1)
+    }
+    for kind, names in wanted.items():
         artifact = require(artifacts, kind)
         present = [artifact.file(name) for name in names if artifact.has(name)]
         size = sum(path.stat().st_size for path in present)
@@ -111,6 +132,16 @@ def open_part(folder: Path, kind: str) -> Artifact:
             fix="register the run again",
         )
     return artifact
+
+
+def open_served(folder: Path) -> dict[str, Artifact]:
+    """The parts that recommending reads: `catalog`, `quantizer`, `finetune`, and all generations.
+
+    Raises:
+        DataError: See `open_part`.
+    """
+    names = [name for name in read_bundle(folder)["parts"] if name != "evaluation"]
+    return {name: open_part(folder, name) for name in names}
 
 
 def require(artifacts: Mapping[str, Artifact], kind: str) -> Artifact:

@@ -8,6 +8,8 @@ from typing import Any
 from qbrec.config import RootConfig
 from qbrec.registry.metrics import cells_of, metric_names
 from qbrec.storage.artifact import Artifact
+from qbrec.storage.generations import GenerationsView
+from qbrec.storage.id_table import GENERATION, IDS, numbered
 
 
 def model_card(config: RootConfig, artifacts: Mapping[str, Artifact]) -> str:
@@ -27,6 +29,7 @@ def model_card(config: RootConfig, artifacts: Mapping[str, Artifact]) -> str:
         f"- target domain `{meta['target_domain']}` of {', '.join(f'`{d}`' for d in meta['domains'])}",
         f"- {meta['num_items']:,} items, {meta['num_users']:,} users",
         f"- {meta['num_interactions']:,} interactions",
+        *_generations(artifacts),
         f"- modalities: {', '.join(meta['modalities'])}",
         f"- split: {config.catalog.split}",
         "",
@@ -47,8 +50,8 @@ def model_card(config: RootConfig, artifacts: Mapping[str, Artifact]) -> str:
         "",
         "- Input: column `history`, a list of item ids of the target domain, most recent last; parameters "
         "`k` and `keep_seen`.",
-        "- An unknown item id is an error. Items added after training are not ranked until the run is "
-        "repeated.",
+        "- An unknown item id is an error. Items added after training are ranked once `qbrec append` has "
+        "given them semantic IDs; the figures above were measured without them.",
         "- Past behaviour is reproduced, its biases included: popular items are favoured by the data they "
         "come from. Watch the cold and tail slices of the report.",
         "",
@@ -58,6 +61,23 @@ def model_card(config: RootConfig, artifacts: Mapping[str, Artifact]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _generations(artifacts: Mapping[str, Artifact]) -> list[str]:
+    generations = numbered(artifacts, GENERATION)
+    if not generations:
+        return []
+    view, ids = GenerationsView(artifacts["catalog"], generations), numbered(artifacts, IDS)
+    ranked = sum(one.meta["num_added"] for one in ids)
+    gone = int(view.retired.sum() - view.base.retired.sum())
+    drifts = [one.meta["drift"].get("drift") for one in ids]
+    shown = ", ".join("–" if drift is None else f"{drift:.2f}" for drift in drifts)
+    return [
+        f"- appended since the training, in {len(generations)} generations: "
+        f"{view.num_items - view.base.num_items:,} items, {ranked:,} of them with semantic IDs; "
+        f"{gone:,} items retired",
+        *([f"- drift of the generations (1: none): {shown}"] if ids else []),
+    ]
 
 
 def _table(metrics: Mapping[str, Any]) -> list[str]:

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from qbrec.config.stages import RankingConfig
 from qbrec.errors import ConfigError, DataError
-from qbrec.registry.bundle import open_part, read_bundle, require
+from qbrec.registry.bundle import open_served, read_bundle, require
 from qbrec.storage.artifact import Artifact
+from qbrec.storage.id_table import GENERATION, IDS, IdTable, numbered
 from qbrec.storage.ragged import Ragged
 
 if TYPE_CHECKING:
     from qbrec.ranking import Scorer
-    from qbrec.storage.catalog_view import CatalogView
+    from qbrec.storage.generations import GenerationsView
 
 BATCH = 64  # histories scored at once: the scores of one batch are [BATCH, N] float32
 _SUGGEST_FROM = 20_000  # ids compared letter by letter for a suggestion
@@ -38,17 +39,22 @@ class Recommender:
     """Ranks the whole target domain for histories of item ids.
 
     Args:
-        catalog: Reading side of the catalogue.
-        semantic_ids: Codes of all items, unsigned [N, L].
+        catalog: The catalogue and its generations.
+        semantic_ids: Codes of the items that have an ID, unsigned [N, L]; items that generations added after
+            these are known but not ranked.
         labels: Words per code prefix (`"12"`, `"12.7"`, …), most telling first.
         scorer: Scores every item for histories.
         domain: The domain that histories and recommendations belong to.
+
+    Attributes:
+        num_candidates: Items that can be recommended.
+        num_waiting: Appended items on offer that have no ID yet, so that they cannot.
     """
 
     def __init__(
         self,
         *,
-        catalog: CatalogView,
+        catalog: GenerationsView,
         semantic_ids: NDArray[np.unsignedinteger[Any]],
         labels: Mapping[str, Sequence[str]],
         scorer: Scorer,
@@ -59,9 +65,12 @@ class Recommender:
         self._catalog, self._ids, self._labels, self._scorer = catalog, semantic_ids, labels, scorer
         self.domain = domain
         self._domain_index = catalog.domain_number(domain)
-        self._allowed = catalog.candidates(domain)
-        self._tie_rank = tie_rank(catalog.train_counts)
+        self._allowed = catalog.candidates(domain)[: len(semantic_ids)]
+        popularity = np.zeros(len(semantic_ids), np.int64)  # nobody was trained on an appended item
+        popularity[: catalog.base.num_items] = catalog.base.train_counts
+        self._tie_rank = tie_rank(popularity)
         self.num_candidates = int(self._allowed.sum())
+        self.num_waiting = int(catalog.candidates(domain)[len(semantic_ids) :].sum())
 
     @classmethod
     def load(cls, folder: str | Path) -> Recommender:
@@ -72,9 +81,8 @@ class Recommender:
         """
         folder = Path(folder)
         document = read_bundle(folder)
-        artifacts = {kind: open_part(folder, kind) for kind in ("catalog", "quantizer", "finetune")}
         ranking = RankingConfig.model_validate(document["ranking"])
-        return cls.from_artifacts(artifacts, domain=document["domain"], ranking=ranking)
+        return cls.from_artifacts(open_served(folder), domain=document["domain"], ranking=ranking)
 
     @classmethod
     def from_artifacts(
@@ -83,26 +91,34 @@ class Recommender:
         """Build it from a run's artifacts.
 
         Args:
-            artifacts: `catalog`, `quantizer`, `finetune`.
+            artifacts: `catalog`, `quantizer`, `finetune`, and the generations appended since:
+                `generation-1`, `ids-1`, `generation-2`, …
             ranking: The run's ranking configuration.
             domain: None: the catalogue's target domain.
 
         Raises:
-            DataError: An artifact is missing or damaged.
+            DataError: An artifact is missing or damaged, or the model was not trained on the domain.
         """
         from qbrec.sequence.bonus import load_scorer
-        from qbrec.storage.catalog_view import CatalogView
+        from qbrec.storage.generations import GenerationsView
 
-        catalog = CatalogView(require(artifacts, "catalog"))
+        catalog = GenerationsView(require(artifacts, "catalog"), numbered(artifacts, GENERATION))
         quantizer = require(artifacts, "quantizer")
-        semantic_ids = quantizer.load_npy("semantic_ids.npy")
+        table = IdTable(quantizer, numbered(artifacts, IDS))
+        domain = domain or str(catalog.base.artifact.meta["target_domain"])
+        if catalog.domain_number(domain) >= len(catalog.base.domains):
+            raise DataError(
+                f"the model was not trained on the domain {domain!r}: it was appended later",
+                where=str(catalog.path),
+                fix=f"recommend for {', '.join(catalog.base.domains)}, or train a run on all domains",
+            )
         finetune = require(artifacts, "finetune")
         return cls(
             catalog=catalog,
-            semantic_ids=semantic_ids,
+            semantic_ids=table.codes,
             labels=quantizer.load_json("labels.json"),
-            scorer=load_scorer(finetune, semantic_ids=semantic_ids, chunk_items=ranking.chunk_items),
-            domain=domain or str(catalog.artifact.meta["target_domain"]),
+            scorer=load_scorer(finetune, semantic_ids=table.tokens, chunk_items=ranking.chunk_items),
+            domain=domain,
         )
 
     def recommend(
@@ -159,11 +175,17 @@ class Recommender:
             scores,
             k,
             tie_rank=self._tie_rank,
-            exclude=None if keep_seen else histories,
+            exclude=None if keep_seen else self._ranked(histories),
             allowed=self._allowed,
         )
         pairs = zip(best.cpu().numpy(), values.cpu().numpy(), strict=True)
         return [self._describe(found[found >= 0], score[found >= 0]) for found, score in pairs]
+
+    def _ranked(self, histories: Ragged) -> Ragged:
+        """The histories without rows that have no ID yet."""
+        keep = histories.values < len(self._ids)
+        lengths = np.bincount(histories.row_ids[keep], minlength=len(histories))
+        return Ragged.from_lengths(histories.values[keep], lengths)
 
     def _describe(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Recommendation]:
         ids, titles = self._catalog.item_ids(rows), self._catalog.titles(rows)
@@ -201,9 +223,11 @@ class Recommender:
                 where=f"history {position}",
                 fix=f"did you mean {', '.join(near)}?"
                 if near
-                else "use item ids of the catalogue that was trained on",
+                else "use item ids of the catalogue that was trained on, or appended to it",
             )
-        return self._catalog.representatives(rows)
+        old = rows < self._catalog.base.num_items
+        rows[old] = self._catalog.base.representatives(rows[old])
+        return rows
 
     def _nearest(self, unknown: str) -> list[str]:
         """Up to three known ids that look like it; in large catalogues among those of the same beginning."""

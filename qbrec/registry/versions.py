@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from qbrec.registry.metrics import qbrec_means
 from qbrec.registry.model import BUNDLE_ARTIFACT, log_bundle
 from qbrec.registry.recommend import Recommender
 from qbrec.storage.artifact import Artifact
+from qbrec.storage.id_table import GENERATION, IDS, numbered
 from qbrec.tracking.client import connect, tracking_uri
 from qbrec.tracking.flatten import safe_name
 from qbrec.tracking.state import load_state
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 SERVED_PARTS = ("catalog", "quantizer", "finetune", "evaluation")
+GENERATIONS_TAG, NO_GENERATIONS = "qbrec.generations", "none"
 
 
 def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact]) -> str:
@@ -38,7 +41,8 @@ def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact
     Args:
         config: The run's configuration.
         run_dir: Its directory; the MLflow run of its tracking, if any, becomes the version's source.
-        artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`.
+        artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`, and the generations appended since:
+            `generation-1`, `ids-1`, `generation-2`, …
 
     Returns:
         The version number, as MLflow writes it.
@@ -48,6 +52,7 @@ def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact
         RegistryError: MLflow is not reachable or refuses.
     """
     prints = {f"qbrec.{kind}": require(artifacts, kind).fingerprint for kind in SERVED_PARTS}
+    prints[GENERATIONS_TAG] = _generations_print(artifacts)
     name = config.registry.model_name
     with registry_errors(config), registry_lock(lock_folder(config)):
         client, experiment = connect(config)
@@ -84,10 +89,20 @@ def _log(config: RootConfig, run_dir: Path, bundle: Path, *, experiment: str, ta
     return str(version.version)
 
 
+def _generations_print(artifacts: Mapping[str, Artifact]) -> str:
+    """SHA-256 over the fingerprints of all generations and their IDs."""
+    found = [*numbered(artifacts, GENERATION), *numbered(artifacts, IDS)]
+    if not found:
+        return NO_GENERATIONS
+    return hashlib.sha256("".join(artifact.fingerprint for artifact in found).encode()).hexdigest()
+
+
 def _same(client: MlflowClient, name: str, prints: Mapping[str, str]) -> str | None:
     """The newest version made from exactly these artifacts."""
     found = client.search_model_versions(f"name = '{name}'")
-    same = [v for v in found if all(v.tags.get(tag) == value for tag, value in prints.items())]
+    # A version without that tag was registered before there were generations.
+    known = [(v, {GENERATIONS_TAG: NO_GENERATIONS} | dict(v.tags)) for v in found]
+    same = [v for v, tags in known if all(tags.get(tag) == value for tag, value in prints.items())]
     return max((str(v.version) for v in same), key=int, default=None)
 
 

@@ -48,8 +48,31 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A prefix in the tree of IDs.
+
+    Attributes:
+        code: Its last code, as a token.
+        words: What sets it apart.
+        count: Items below it.
+        width: Percent of the largest count among its siblings.
+        titles: Some of its items.
+        branches: Prefixes one code longer.
+        more: What of it is not shown; empty where all is.
+    """
+
+    code: str
+    words: str
+    count: int
+    width: int
+    titles: Sequence[str] = ()
+    branches: Sequence[Branch] = ()
+    more: str = ""
+
+
+@dataclass(frozen=True)
 class Block:
-    """Charts (SVG), a table, cards or folded text under a heading; `numeric`, `code` name columns."""
+    """Charts (SVG), a table, cards, a tree or folded text under a heading; `numeric`, `code` name columns."""
 
     title: str = ""
     text: str = ""
@@ -59,6 +82,7 @@ class Block:
     numeric: frozenset[int] = frozenset()
     code: frozenset[int] = frozenset()
     cards: Sequence[Card] = ()
+    tree: Sequence[Branch] = ()
     summary: str = ""
     pre: str = ""
 

@@ -11,6 +11,7 @@ from qbrec import __version__
 from qbrec.config import RootConfig, dump_config
 from qbrec.report import results, sections
 from qbrec.report.blocks import Block, Section
+from qbrec.report.codebooks import codebooks
 from qbrec.storage.artifact import Artifact, write_atomic
 
 REPORT_FILE = "report.html"
@@ -34,7 +35,7 @@ def write_report(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Arti
         sections.flow(config, run_dir, artifacts),
         results.metrics(artifacts),
         *results.examples(config, artifacts),
-        sections.codebooks(artifacts),
+        codebooks(artifacts),
         sections.training(run_dir),
         sections.data(artifacts, config),
         _configuration(config),

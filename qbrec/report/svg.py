@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -31,14 +31,15 @@ class Interval:
     strong: bool = False
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str) -> str:
+def line_chart(series: Sequence[Series], *, title: str, x_label: str, from_zero: bool = False) -> str:
     """Curves over a common x. Points that are not finite break nothing: they are left out."""
     curves = [_thin([(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)]) for s in series]
     points = [point for curve in curves for point in curve]
     if not points:
         return ""
     x_ticks = ticks(min(p[0] for p in points), max(p[0] for p in points), count=4)
-    y_ticks = ticks(min(p[1] for p in points), max(p[1] for p in points), count=4)
+    lowest = min(p[1] for p in points)
+    y_ticks = ticks(min(lowest, 0.0) if from_zero else lowest, max(p[1] for p in points), count=4)
     x_of = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
     y_of = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     body = _grid(y_ticks, y_of) + _x_axis(x_ticks, x_of, x_label)
@@ -57,25 +58,37 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str) -> str:
 
 def bar_chart(labels: Sequence[str], values: Sequence[float], *, title: str, x_label: str) -> str:
     """Upright bars from zero."""
-    if not values:
+    return grouped_bar_chart(labels, {"": values}, title=title, x_label=x_label)
+
+
+def grouped_bar_chart(
+    labels: Sequence[str], groups: Mapping[str, Sequence[float]], *, title: str, x_label: str
+) -> str:
+    """Upright bars from zero, one of each group side by side at every label."""
+    if not labels:
         return ""
-    y_ticks = ticks(0.0, max(*values, 0.0), count=4)
+    y_ticks = ticks(0.0, max(0.0, *(value for values in groups.values() for value in values)), count=4)
     y_of = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    step = (WIDTH - LEFT - RIGHT) / len(values)
-    every = math.ceil(len(values) / 12)  # labels that would overlap are left out
+    step = (WIDTH - LEFT - RIGHT) / len(labels)
+    bar = step * 0.76 / len(groups)
+    every = math.ceil(len(labels) / 12)  # labels that would overlap are left out
     body = _grid(y_ticks, y_of)
-    for index, (label, value) in enumerate(zip(labels, values, strict=True)):
-        x, top = LEFT + index * step, y_of(value)
-        body += (
-            f'<rect class="bar" x="{x + step * 0.12:.1f}" y="{top:.1f}" width="{step * 0.76:.1f}" '
-            f'height="{max(0.0, y_of(0.0) - top):.1f}"><title>{escape(label)}: {number(value)}</title></rect>'
-        )
+    for index, label in enumerate(labels):
+        x = LEFT + index * step
+        for place, (name, values) in enumerate(groups.items()):
+            top = y_of(values[index])
+            told = f"{label}, {name}" if name else label
+            body += (
+                f'<rect class="bar s{place % 6}" x="{x + step * 0.12 + place * bar:.1f}" y="{top:.1f}" '
+                f'width="{bar:.1f}" height="{max(0.0, y_of(0.0) - top):.1f}">'
+                f"<title>{escape(told)}: {number(values[index])}</title></rect>"
+            )
         if index % every == 0:
             body += (
                 f'<text class="tick" x="{x + step / 2:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'
             )
             body += f"{escape(label)}</text>"
-    return _figure(body + _axis_name(x_label), title, [])
+    return _figure(body + _axis_name(x_label), title, list(groups) if len(groups) > 1 else [])
 
 
 def interval_chart(rows: Sequence[Interval], *, title: str, x_label: str) -> str:

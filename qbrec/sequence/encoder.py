@@ -76,26 +76,31 @@ class SequenceEncoder(nn.Module):
             nn.init.eye_(linear.weight)
 
     @torch.no_grad()
-    def start_from_codebooks(self, codebooks: Sequence[torch.Tensor]) -> None:
+    def start_from_codebooks(self, codebooks: Sequence[torch.Tensor | None], *, first_level: int = 0) -> None:
         """Give the code embeddings the geometry of the quantizer's codebooks, so that like codes start alike.
 
         The codebooks are projected on their common principal directions and rotated at random (heads read
         slices of the width); every level is scaled to the standard deviation of the embeddings it replaces.
+        Call it once for each space that codebooks live in: the semantic ID's, each single modality's.
 
         Args:
-            codebooks: Per level float [K_l, D'].
+            codebooks: Per level of one space float [K, D']. A level without one (None), and codes beyond K
+                (that of items without the modality), keep their random start.
+            first_level: Level of the first of them.
         """
         vocabulary, width = self.vocabulary, self.config.width
-        assert [len(codebook) for codebook in codebooks] == list(vocabulary.levels)
-        stacked = torch.cat([codebook.double() for codebook in codebooks])
+        placed = [(first_level + i, book) for i, book in enumerate(codebooks) if book is not None]
+        assert placed, "a space without a codebook"
+        assert all(len(book) <= vocabulary.levels[level] for level, book in placed)
+        stacked = torch.cat([codebook.double() for _, codebook in placed])
         _, _, directions = torch.linalg.svd(stacked, full_matrices=False)
         directions = directions[:width]  # [min(width, D'), D']
         rotation, _ = torch.linalg.qr(torch.randn(width, len(directions), dtype=torch.float64))
-        for level, codebook in enumerate(codebooks):
+        for level, codebook in placed:
             projected = codebook.double() @ directions.T @ rotation.T  # [K_l, width]
             spread = projected.square().mean().sqrt().clamp(min=1e-12)
-            first, last = vocabulary.starts[level], vocabulary.starts[level + 1]
-            self.tokens.weight[first:last] = (projected * (EMBEDDING_STD / spread)).to(
+            first = vocabulary.starts[level]
+            self.tokens.weight[first : first + len(codebook)] = (projected * (EMBEDDING_STD / spread)).to(
                 self.tokens.weight.dtype
             )
 

@@ -28,6 +28,7 @@ from qbrec.sequence.vocabulary import Vocabulary
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView
 from qbrec.storage.loader import BatchLoader
+from qbrec.storage.token_table import CODEBOOKS, TokenTable, codebooks_file, token_table
 
 MONITOR = "ndcg@10"
 
@@ -47,12 +48,11 @@ def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
         DataError: An input is damaged, or there is no history to learn from.
     """
     catalog = CatalogView(inputs["catalog"])
-    levels = tuple(int(num_codes) for num_codes in inputs["quantizer"].meta["levels"])
+    table = token_table(inputs["quantizer"])
     torch.manual_seed(ctx.sub_seed("sequence/init"))
-    module = SequenceEncoder(config.sequence, Vocabulary(levels, tuple(catalog.domains)))
+    module = SequenceEncoder(config.sequence, Vocabulary(table.sizes, tuple(catalog.domains)))
     if config.sequence.codebook_start:
-        codebooks = inputs["quantizer"].load_safetensors("codebooks.safetensors")
-        module.start_from_codebooks([codebooks[f"level.{level}"] for level in range(len(levels))])
+        start_from_codebooks(module, inputs["quantizer"], table)
     return _run(
         ctx,
         config,
@@ -97,6 +97,25 @@ def finetune(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
     )
 
 
+def start_from_codebooks(module: SequenceEncoder, quantizer: Artifact, table: TokenTable) -> None:
+    """Start the code embeddings of every level that has a codebook in the artifact, space by space.
+
+    Args:
+        module: An encoder over the levels of `table`.
+        quantizer: Artifact of kind `quantizer`.
+        table: Its codes.
+    """
+    spaces = [(CODEBOOKS, table.num_joint)]
+    spaces += [(codebooks_file(name), depth) for name, depth in table.modalities]
+    first = 0
+    for file, depth in spaces:
+        stored = quantizer.load_safetensors(file)
+        # A level of the ID that only tells collisions apart has no codebook.
+        books = [stored.get(f"level.{level}") for level in range(depth)]
+        module.start_from_codebooks(books, first_level=first)
+        first += depth
+
+
 def _run(
     ctx: StageContext,
     config: RootConfig,
@@ -109,7 +128,7 @@ def _run(
     prefix: float,
     domain: int | None,
 ) -> Artifact:
-    semantic_ids = inputs["quantizer"].load_npy("semantic_ids.npy")
+    semantic_ids = token_table(inputs["quantizer"]).codes
     seed = ctx.sub_seed(f"{ctx.stage}/masks")
     pool = np.flatnonzero(catalog.candidates(None if domain is None else catalog.domains[domain]))
     task = MaskedTask(

@@ -23,23 +23,44 @@ from click.testing import CliRunner
 from qbrec.catalog.encoders.text import HashedNgramEncoder, normalise
 from qbrec.catalog.synth import generate
 from qbrec.cli.append import append
-from qbrec.config import load_config
+from qbrec.cli.ids import ids as ids_command
+from qbrec.cli.recommend import recommend
+from qbrec.config import load_config, parse_config
 from qbrec.errors import ConfigError, DataError
 from qbrec.pipeline import Pipeline
+from qbrec.registry.versions import GENERATIONS_TAG, _generations_print, _same
 from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.block_reader import RaggedField
 from qbrec.storage.generations import GenerationsView
+from qbrec.storage.id_table import IdTable
 from qbrec.storage.ragged import Ragged
+from qbrec.tracking.client import connect
 from tests.support.cli import ROOT
+from tests.support.mlflow_store import copy_store
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 N = 200
+_TRAIN = {"epochs": 2, "batch_size": 64, "micro_batch": 32}
+TINY = {
+    "compute": {"launcher": "inprocess", "threads_per_worker": 1, "device": "cpu"},
+    "fusion": {"width": 16, "depth": 1, "heads": 2, "group": 32, "behaviour_dim": 0, "train": _TRAIN},
+    "quantizer": {"levels": [8, 8, 8], "iterations": 5, "quality": {"max_collision_rate": 1.0}},
+    "sequence": {"width": 16, "layers": 1, "heads": 2, "pretrain": _TRAIN, "finetune": _TRAIN},
+}
 
 
 class Shop:
     """A run with a finished catalogue of 200 items, and a place for input."""
 
-    def __init__(self, folder: Path, items: pa.Table, interactions: Path, *, name: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        items: pa.Table,
+        interactions: Path,
+        *,
+        name: str,
+        more: dict[str, Any] | None = None,
+    ) -> None:
         self.folder, self.items = folder / name, items
         self.folder.mkdir()
         tree = {
@@ -51,6 +72,7 @@ class Shop:
             },
             "catalog": {"text": {"dim": 16}, "shard_bytes": 20_000, "block_bytes": 4_000},
             "tracking": {"enabled": False},
+            **(more or {}),
         }
         self.config = self.folder / "shop.yaml"
         self.config.write_text(yaml.safe_dump(tree))
@@ -73,10 +95,15 @@ class Shop:
         pq.write_table(table, path)
         return path
 
+    def noted(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self.record.read_text())["extra"].get("generations", [])
+        return found
+
     def generations(self) -> list[Artifact]:
-        store = ArtifactStore(self.storage)
-        noted = json.loads(self.record.read_text())["extra"].get("generations", [])
-        return [store.open(place["path"]) for place in noted]
+        return [ArtifactStore(self.storage).open(place["path"]) for place in self.noted()]
+
+    def semantic_ids(self) -> list[Artifact]:
+        return [ArtifactStore(self.storage).open(place["ids"]["path"]) for place in self.noted()]
 
     def view(self) -> GenerationsView:
         return GenerationsView(self.catalog, self.generations())
@@ -194,6 +221,76 @@ def test_all_kinds_at_once_twice(place: tuple[Path, pa.Table, Path, pa.Table]) -
     assert sorted(np.flatnonzero(view.retired)) == sorted(out)
     assert digests(run.catalog.path) == before
     one.verify()
+
+
+def test_the_models_of_the_run_learn_of_it(place: tuple[Path, pa.Table, Path, pa.Table]) -> None:
+    run, later = Shop(*place[:3], name="models", more=TINY), place[3]
+    ids, new = run.ids(), [f"new{n}" for n in range(30)]
+    first = run.write("first.parquet", later.slice(0, 30))
+    gone = run.folder / "gone.txt"
+    gone.write_text(f"{ids[0]}\n{ids[1]}\n")
+    command = ("--items", first, "--retire", gone)
+    # Nothing is trained yet: the items wait for their IDs, and the same command gives them later.
+    assert "no semantic IDs yet: the run has no finished fusion yet" in run.append(*command)
+    assert "ids" not in run.noted()[0]
+    with Pipeline(load_config(run.config)) as pipeline:
+        trained = {name: pipeline.up_to(name) for name in ("fusion", "quantizer", "finetune")}
+    before = {name: digests(artifact.path) for name, artifact in trained.items()}
+    printed = run.append(*command)
+    assert "already appended" in printed
+    assert "new semantic IDs" in printed
+    table = IdTable(trained["quantizer"], run.semantic_ids())
+    assert table.num_items == N + 30
+
+    def asked(command: click.Command, *args: str) -> str:
+        done = CliRunner().invoke(command, [*args[:1], *run.command(*args[1:])])
+        assert done.exception is None, done.output
+        return done.stdout
+
+    def ranked(*history: str, k: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(
+            asked(recommend, "--json", "--k", str(k), "--keep-seen", *history)
+        )
+        return found
+
+    found = ranked("new3", ids[5], ids[0], k=228)
+    assert {item["item_id"] for item in found} == {*ids[2:], *new}
+    shown = {item["item_id"]: item["semantic_id"] for item in found}
+    assert shown["new7"] in asked(ids_command, "show", "new7")
+    codes = ".".join(str(code) for code in table.codes[run.view().lookup(["new7"], "shop")[0]])
+    assert "new7" in asked(ids_command, "find", "--limit", "99", codes)
+    # One of them comes back, another one leaves; a new domain; what lies far away is warned of.
+    odd = pa.table({"item_id": [f"z{n}" for n in range(40)], "title": ["qqq zzz xxx www"] * 40})
+    second = run.write("second.parquet", pa.concat_tables([run.items.slice(0, 1), later.slice(30, 5)]))
+    gone.write_text("new4\n")
+    run.append("--items", second, "--retire", gone)
+    out = run.append(
+        "--items",
+        run.write("odd.parquet", odd),
+        "--domain",
+        "odd",
+        "--set",
+        "quantizer.quality.max_drift=0.5",
+    )
+    assert "refit: the new items of generation 3" in out
+    again = ranked("new3", "new31", k=233)
+    assert {item["item_id"] for item in again} == {
+        ids[0],
+        *ids[2:],
+        *new,
+        *(f"new{n}" for n in range(30, 35)),
+    } - {"new4"}
+    assert {item["item_id"]: item["semantic_id"] for item in again}.items() >= {
+        (name, text) for name, text in shown.items() if name != "new4"
+    }
+    assert IdTable(trained["quantizer"], run.semantic_ids()).num_items == N + 30 + 5 + 40
+    # Once more: nothing is done, and nothing of what was trained was ever touched.
+    state, noted = digests(run.storage / "artifacts"), run.record.read_bytes()
+    run.append(
+        "--items", run.folder / "odd.parquet", "--domain", "odd", "--set", "quantizer.quality.max_drift=0.5"
+    )
+    assert (digests(run.storage / "artifacts"), run.record.read_bytes()) == (state, noted)
+    assert {name: digests(artifact.path) for name, artifact in trained.items()} == before
 
 
 def test_a_snapshot_and_a_new_domain(place: tuple[Path, pa.Table, Path, pa.Table]) -> None:
@@ -354,3 +451,24 @@ def test_a_catalogue_built_anew_has_no_generations(
     assert "1 generations of the old one are off" in run.append("--retire", listed)
     assert run.generations()[0].meta["counts"]["retired"] == 1
     assert len(run.generations()) == 1
+
+
+def test_a_version_is_that_of_its_generations(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    config = parse_config({"run": {"storage": str(copy_store(tmp_path_factory.getbasetemp(), tmp_path))}})
+    client, _ = connect(config)
+    client.create_registered_model("qbrec")
+    names = ("catalog", "generation-1", "ids-1", "generation-2", "ids-2")
+    grown = {name: Artifact(tmp_path, {"fingerprint": name}) for name in names}
+    before = {"catalog": grown["catalog"]}
+    waiting = {name: grown[name] for name in names[:4]}
+    made = {}
+    for name, tags in (
+        ("old", {"qbrec.catalog": "x"}),  # of a release that knew no generations
+        ("grown", {"qbrec.catalog": "x", GENERATIONS_TAG: _generations_print(grown)}),
+    ):
+        made[name] = str(client.create_model_version("qbrec", str(tmp_path), tags=tags).version)
+    for artifacts, expected in ((before, made["old"]), (grown, made["grown"]), (waiting, None)):
+        prints = {"qbrec.catalog": "x", GENERATIONS_TAG: _generations_print(artifacts)}
+        assert _same(client, "qbrec", prints) == expected

@@ -102,7 +102,8 @@ def imported_by(folder: Path) -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     declared = {name_of(r) for r in requirements()}
     imported = imported_by(ROOT / "qbrec") | imported_by(ROOT / "mlflow")
-    assert imported - declared - {name_of(r) for r in requirements("encode")} == set()
+    with_torch = {"triton"}  # a part of its CUDA builds
+    assert imported - declared - with_torch - {name_of(r) for r in requirements("encode")} == set()
     assert declared - imported == set()
 
 

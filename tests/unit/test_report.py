@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qbrec.report.run_log import duration, read_curves, read_seconds
-from qbrec.report.svg import Interval, Series, bar_chart, interval_chart, line_chart, number, ticks
+from qbrec.report.svg import (
+    Interval,
+    Series,
+    bar_chart,
+    grouped_bar_chart,
+    interval_chart,
+    line_chart,
+    number,
+    ticks,
+)
 
 EVIL = '<script>alert("1")</script>&\'x'
 
@@ -49,6 +59,7 @@ class TestCharts:
         figures = [
             line_chart([Series(EVIL, [(0, 1), (1, 2)]), Series("b", [(0, 3)])], title=EVIL, x_label="x"),
             bar_chart([EVIL, "b"], [1.0, 2.0], title=EVIL, x_label=EVIL),
+            grouped_bar_chart(["a"], {EVIL: [1.0], "c": [2.0]}, title=EVIL, x_label=EVIL),
             interval_chart([Interval(EVIL, 0.2, 0.1, 0.3, strong=True)], title=EVIL, x_label=EVIL),
         ]
         for figure in figures:
@@ -64,6 +75,7 @@ class TestCharts:
     def test_nothing_to_draw(self) -> None:
         assert line_chart([Series("a", [])], title="t", x_label="x") == ""
         assert bar_chart([], [], title="t", x_label="x") == ""
+        assert grouped_bar_chart([], {"a": [], "b": []}, title="t", x_label="x") == ""
         assert interval_chart([], title="t", x_label="x") == ""
 
     def test_constant_curve(self) -> None:
@@ -73,6 +85,32 @@ class TestCharts:
         root = parse(bar_chart(["a", "b"], [2.0, 4.0], title="t", x_label="x"))
         heights = [float(bar.get("height", "0")) for bar in root.iter("rect")]
         assert heights[1] == pytest.approx(2 * heights[0], rel=0.01)
+
+    def test_bars_of_a_group_stand_side_by_side(self) -> None:
+        groups = {"ours": [4.0, 1.0], "theirs": [2.0, -1.0]}
+        root = parse(grouped_bar_chart(["a", "b"], groups, title="t", x_label="x"))
+        bars = [
+            {key: float(bar.get(key, "")) for key in ("x", "width", "height")} for bar in root.iter("rect")
+        ]
+        heights = [bar["height"] for bar in bars]
+        assert heights[0] > 0
+        assert [height / heights[0] for height in heights] == pytest.approx([1, 0.5, 0.25, 0], abs=0.01)
+        edges = [(bar["x"], bar["x"] + bar["width"]) for bar in bars]
+        assert all(left[1] <= right[0] + 0.11 for left, right in pairwise(edges))
+        assert {key.text for key in root.iter("span")} == {"ours", "theirs"}
+
+    def test_a_curve_can_start_from_zero(self) -> None:
+        lowest = {
+            flag: min(
+                float(text.text or "")
+                for text in parse(
+                    line_chart([Series("a", [(0, 80.0), (1, 90.0)])], title="t", x_label="x", from_zero=flag)
+                ).iter("text")
+                if text.get("text-anchor") == "end"
+            )
+            for flag in (True, False)
+        }
+        assert lowest == {True: 0.0, False: 80.0}
 
 
 class TestRunLog:

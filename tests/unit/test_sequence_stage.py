@@ -10,17 +10,24 @@ import pytest
 import torch
 
 from qbrec.config import RootConfig, parse_config
+from qbrec.config.stages import MaskConfig
 from qbrec.engine.context import StageContext
 from qbrec.engine.launch import process_group
 from qbrec.errors import DataError
+from qbrec.evaluation.stage import run as evaluate
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.sequence import stage
+from qbrec.sequence.encoder import SequenceEncoder
+from qbrec.sequence.masks import draw_masks
+from qbrec.sequence.packing import pack
 from qbrec.sequence.recommender import SequenceRecommender
-from qbrec.sequence.tasks import HistoryCollate
+from qbrec.sequence.tasks import HistoryCollate, id_table
+from qbrec.sequence.vocabulary import Vocabulary
 from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.catalog_view import CatalogView
 from qbrec.storage.ragged import Ragged
-from tests.support.sequence_inputs import ITEMS, make_inputs
+from qbrec.storage.token_table import token_table
+from tests.support.sequence_inputs import ITEMS, LEVELS, make_inputs
 
 TRAIN = {"epochs": 30, "batch_size": 32, "micro_batch": 32, "learning_rate": 1e-2, "evaluate_every": 15}
 
@@ -116,3 +123,126 @@ def test_a_domain_without_histories_says_so(trained: dict[str, Artifact], tmp_pa
             collate=collate,
             domain=7,
         )
+
+
+MODALITIES = {"text": (6, 5), "image": (4, 4)}  # codes per level, the one for items without it included
+DIGIT = 3  # codes of a last level of the ID that has no codebook
+
+
+def with_modalities(root: Path, quantizer: Artifact) -> Artifact:
+    """The same IDs with one more level without a codebook, and codes of two modalities of equal width."""
+    rng = np.random.default_rng(3)
+    ids = np.asarray(quantizer.load_npy("semantic_ids.npy"))
+    count = len(ids)
+    writer = ArtifactStore(root).writer("quantizer", "9" * 64)
+    writer.prepare()
+    digit = rng.integers(0, DIGIT, (count, 1)).astype(np.uint8)
+    writer.save_npy("semantic_ids.npy", np.concatenate([ids, digit], 1))
+    sizes = [k for levels in MODALITIES.values() for k in levels]
+    writer.save_npy("modality_codes.npy", (rng.random((count, len(sizes))) * sizes).astype(np.uint16))
+    writer.save_safetensors("codebooks.safetensors", quantizer.load_safetensors("codebooks.safetensors"))
+    for name, levels in MODALITIES.items():
+        books = {
+            f"level.{i}": torch.from_numpy(rng.standard_normal((k - 1, 7))) for i, k in enumerate(levels)
+        }
+        writer.save_safetensors(
+            f"codebooks.{name}.safetensors", {k: book.float() for k, book in books.items()}
+        )
+    meta = {
+        "levels": [*LEVELS, DIGIT],
+        "modalities": [{"name": name, "levels": list(levels)} for name, levels in MODALITIES.items()],
+    }
+    return writer.commit(meta=meta, inputs={}, config={}, seed=0)
+
+
+@pytest.fixture(scope="module")
+def several(trained: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return with_modalities(tmp_path_factory.mktemp("several"), trained["quantizer"])
+
+
+def angles(rows: torch.Tensor) -> torch.Tensor:
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    return unit @ unit.T
+
+
+def test_embeddings_start_from_the_codebooks_of_every_space(several: Artifact) -> None:
+    table = token_table(several)
+    torch.manual_seed(0)
+    module = SequenceEncoder(configuration().sequence, Vocabulary(table.sizes, ("pets", "games")))
+    before = module.tokens.weight.detach().clone()
+    stage.start_from_codebooks(module, several, table)
+    after, starts = module.tokens.weight.detach(), module.vocabulary.starts
+    books = {"": several.load_safetensors("codebooks.safetensors")}
+    books |= {name: several.load_safetensors(f"codebooks.{name}.safetensors") for name in MODALITIES}
+    spaces = [("", 0, 3), ("text", 4, 2), ("image", 6, 2)]
+    touched = torch.zeros(len(after), dtype=torch.bool)
+    for name, first, depth in spaces:
+        levels = [books[name][f"level.{level}"] for level in range(depth)]
+        rows = [torch.arange(starts[first + i], starts[first + i] + len(b)) for i, b in enumerate(levels)]
+        # Within a space, the levels keep the angles that their codes have with one another.
+        torch.testing.assert_close(
+            angles(after[torch.cat(rows)]), angles(torch.cat(levels)), atol=1e-4, rtol=0
+        )
+        touched[torch.cat(rows)] = True
+    # Left at random: pad, mask, the digit, the code of a missing modality at each level, domains.
+    assert int((~touched).sum()) == 2 + DIGIT + 4 + 2
+    assert torch.equal(after[~touched], before[~touched])
+    assert not (after[touched] == before[touched]).any(1).any()
+
+
+def test_training_and_ranking_read_all_codes(
+    trained: dict[str, Artifact], several: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"catalog": trained["catalog"], "quantizer": several}
+    config = configuration(pretrain={**TRAIN, "epochs": 1, "evaluate_every": 1})
+    with process_group(config):
+        artifact = stage.pretrain(context(tmp_path, "pretrain", "7"), config, inputs)
+    table = token_table(several)
+    assert artifact.load_json("encoder.json")["levels"] == [*LEVELS, DIGIT, 6, 5, 4, 4]
+    recommender = SequenceRecommender.load(artifact, semantic_ids=table.codes)
+    history = Ragged.from_lists([[31, 30, 59], [40]])
+    log_probs = recommender.code_log_probs(history, 1)
+    scores = FactorisedScorer(recommender, semantic_ids=table.codes).scores(history, 1)
+    want = [
+        [sum(float(log_probs[b, level, code]) for level, code in enumerate(codes)) for codes in table.codes]
+        for b in range(2)
+    ]
+    torch.testing.assert_close(scores, torch.tensor(want), atol=1e-4, rtol=0)
+    monkeypatch.setattr(CatalogView, "near_duplicate_group", property(lambda self: np.arange(2 * ITEMS)))
+    evaluation = evaluate(context(tmp_path, "evaluation", "6"), config, {**inputs, "finetune": artifact})
+    assert "qbrec" in evaluation.load_json("metrics.json")["models"]
+    config = configuration(codebook_start=False, pretrain={**TRAIN, "epochs": 1, "evaluate_every": 1})
+    with process_group(config):
+        other = stage.pretrain(context(tmp_path, "pretrain", "8"), config, inputs)
+    ours, theirs = (a.load_safetensors("encoder.safetensors")["tokens.weight"] for a in (artifact, other))
+    assert not torch.allclose(ours, theirs, atol=1e-2)
+
+
+@pytest.mark.parametrize("partial", [0.0, 1.0])
+def test_no_hidden_item_shows_through_its_modality_codes(several: Artifact, partial: float) -> None:
+    table = token_table(several)
+    torch.manual_seed(0)
+    module = SequenceEncoder(configuration().sequence, Vocabulary(table.sizes, ("pets", "games"))).eval()
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(1, 9, 20)
+    rows = Ragged.from_lengths(rng.integers(0, 2 * ITEMS, lengths.sum()), lengths)
+    packed, _ = pack(rows, domains=np.zeros(20, np.int64), samples=np.arange(20))
+    batch = packed.to("cpu", id_table(table.codes))
+    masks = MaskConfig(partial=partial)
+    hidden = draw_masks(batch.lengths, batch.samples, masks, num_levels=len(table.sizes), seed=1, epoch=0)
+    some = hidden.any(1)
+    # What is hidden reaches to the last level: no modality code is seen of an item whose ID is not.
+    assert hidden[some, -1].all()
+    assert (hidden[:, 1:] >= hidden[:, :-1]).all()
+    if partial == 0:
+        assert hidden[some].all()
+    else:
+        assert not hidden[:, 0].any()
+        assert hidden[some, 1].any(), "the ID itself is hidden in part at times"
+    with torch.no_grad():
+        want = module(batch, hidden)
+        wrong = (batch.codes + 1) % torch.tensor(table.sizes)
+        batch.codes[hidden] = wrong[hidden]
+        got = module(batch, hidden)
+    for a, b in zip(want, got, strict=True):
+        assert torch.equal(a, b)

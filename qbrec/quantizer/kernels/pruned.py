@@ -12,6 +12,7 @@ so the codes are those of the full GEMM.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -61,17 +62,36 @@ class Pruned:
         def make() -> Nearest:
             partial = torch.empty(TILE, len(centroids), dtype=torch.float32)
 
-            def tile(rows: slice) -> Tensor:
-                count = rows.stop - rows.start
-                scores, codes = partial[:count], self.guess[rows]
+            def bounded(rows: slice) -> Tensor:
+                scores, codes = partial[: rows.stop - rows.start], self.guess[rows]
                 torch.addmm(gemm.minus_half_norms, self.head[rows], columns, out=scores)
-                if count and codes[0] < 0:  # the first pass over these rows
+                if len(codes) and codes[0] < 0:  # the first pass over these rows
                     codes.copy_(row_argmax(scores))
                 settle(
                     scores.numpy(), self.x[rows].numpy(), self.tail[rows].numpy(), slack[rows].numpy(),
                     centroids.numpy(), half, tail, codes.numpy(),
                 )  # fmt: skip
                 return codes.long()
+
+            def full(rows: slice) -> Tensor:
+                codes = mine.nearest(self.x[rows], self.norms[rows])
+                self.guess[rows] = codes
+                return codes
+
+            # Bounds are loose while centroids are far from where they will be: each thread tries both ways
+            # on its first rows of a pass.
+            mine, ways = Gemm(centroids), [bounded, full]
+
+            def tile(rows: slice) -> Tensor:
+                if len(ways) > 1 and rows.stop - rows.start == TILE:
+                    times = []
+                    for way in (full, bounded):
+                        began = time.thread_time()  # not the time that other threads take
+                        codes = way(rows)
+                        times.append(time.thread_time() - began)
+                    ways[:] = [full if times[0] < times[1] else bounded]
+                    return codes
+                return ways[0](rows)
 
             return lambda rows: by_tiles(rows, tile)
 

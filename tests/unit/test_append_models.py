@@ -1,0 +1,592 @@
+"""What the frozen models make of generations: fused vectors, semantic IDs, drift, recommendations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qbrec.append_run import append_generation, bring_to_models, with_generations
+from qbrec.catalog.append.run import Request
+from qbrec.config import RootConfig
+from qbrec.errors import ConfigError, DataError
+from qbrec.fusion.embed import FusionEncoder
+from qbrec.quantizer.beside import Taken, place_beside
+from qbrec.quantizer.drift import drift_figures
+from qbrec.quantizer.grown_ids import GrownIds
+from qbrec.quantizer.modality import ModalityQuantizer
+from qbrec.quantizer.quantizer import Quantizer
+from qbrec.quantizer.rvq import Codebooks
+from qbrec.ranking.cooccurrence import BonusScorer, Neighbours, recency
+from qbrec.ranking.scorer import FactorisedScorer
+from qbrec.registry.bundle import open_served, write_bundle
+from qbrec.registry.card import model_card
+from qbrec.registry.recommend import Recommender
+from qbrec.run_record import RunRecord, run_directory
+from qbrec.storage.artifact import Artifact, ArtifactStore
+from qbrec.storage.blocks import BlockSet
+from qbrec.storage.generations import GenerationsView
+from qbrec.storage.id_table import IdTable, current_ids, numbered
+from qbrec.storage.ragged import Ragged
+from tests.support import grown_shop
+from tests.support.grown_shop import Item, append, configuration, draw, id_table, learn, train, write_catalog
+
+OLD = draw(400, "i", seed=0) + draw(100, "b", seed=1, domain="books")
+
+GENERATION_PARTS = {f"{kind}-{n}" for kind in ("generation", "ids") for n in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("grown")
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> dict[str, Artifact]:
+    torch.set_num_threads(1)
+    return train(root, write_catalog(root, OLD, collapsed=["i100"]), configuration(root))
+
+
+@pytest.fixture(scope="module")
+def grown(root: Path, trained: dict[str, Artifact]) -> dict[str, Artifact]:
+    """Three generations: all kinds of changes; a new domain; one that only retires."""
+    view = GenerationsView(trained["catalog"])
+    twins = [replace(OLD[n], name=f"twin{n}") for n in (10, 20)]
+    bare = [Item("bare1", None, bucket=9), Item("bare2", None, bucket=9)]
+    moved = [replace(draw(1, "x", seed=40)[0], name="i7")]
+    view = append(root, view, draw(60, "n", seed=7) + twins + bare + moved, retire=["i1", "i2"])
+    again = [replace(draw(1, "x", seed=41)[0], name="n3")]
+    later = draw(30, "g", seed=8, domain="garden") + draw(30, "m", seed=9) + again
+    view = append(root, view, later, retire=["n5"], restore=["i2"])
+    view = append(root, view, retire=["i9"])
+    return learn(root, view, trained, configuration(root))
+
+
+def view_of(artifacts: Mapping[str, Artifact]) -> GenerationsView:
+    return GenerationsView(artifacts["catalog"], numbered(artifacts, "generation"))
+
+
+def digests(path: Path) -> dict[str, str]:
+    files = [p for p in path.rglob("*") if p.is_file()]
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def embedded(fusion: Artifact, items: list[Item]) -> np.ndarray[Any, Any]:
+    tokens = [[item.vector] if item.vector is not None else [] for item in items]
+    flat = np.array([t for part in tokens for t in part], np.float16).reshape(-1, grown_shop.DIM)
+    features = {"text": Ragged.from_lengths(flat, np.array([len(part) for part in tokens]))}
+    structure = np.array([[item.bucket, -1] for item in items], np.int32)
+    fused, _ = FusionEncoder.load(fusion).embed(features, size=len(items), structure=structure)
+    return fused
+
+
+def encoded(artifacts: Mapping[str, Artifact], items: list[Item]) -> np.ndarray[Any, Any]:
+    fused = torch.from_numpy(embedded(artifacts["fusion"], items)).float()
+    return Quantizer.load(artifacts["quantizer"]).encode(fused).numpy()
+
+
+def evaluation(root: Path) -> Artifact:
+    store, key = ArtifactStore(root), "e" * 64
+    found = store.find("evaluation", key)
+    if found is not None:
+        return found
+    writer = store.writer("evaluation", key)
+    writer.prepare()
+    cells = {"ndcg@10": {"mean": 0.1, "low": 0.0, "high": 0.2}}
+    writer.save_json("metrics.json", {"models": {"qbrec": {"removed": cells}}})
+    return writer.commit(meta={}, inputs={}, config={}, seed=0)
+
+
+def test_new_items_have_the_codes_of_the_frozen_models(grown: dict[str, Artifact]) -> None:
+    view, table = view_of(grown), id_table(grown)
+    assert table.num_items == view.num_items == 500 + 64 + 60
+    for items, domain in (
+        (draw(60, "n", seed=7), "shop"),
+        (draw(30, "g", seed=8, domain="garden"), "garden"),
+        (draw(30, "m", seed=9), "shop"),
+    ):
+        rows = view.lookup([item.name for item in items], domain)
+        np.testing.assert_array_equal(table.codes[rows], encoded(grown, items))
+        assert (rows >= 500).all()
+    assert table.codes.dtype == np.uint8
+    for number, ids in enumerate(numbered(grown, "ids"), 1):
+        first = ids.meta["first_row"]
+        mine = slice(first, first + ids.meta["num_added"])
+        np.testing.assert_array_equal(ids.load_npy("semantic_ids.npy"), table.codes[mine])
+        assert ids.load_npy("raw_codes.npy").shape == (ids.meta["num_added"], 3)
+        assert ids.load_json("drift.json") == ids.meta["drift"]
+        assert ids.inputs[f"generation-{number}"] == grown[f"generation-{number}"].fingerprint
+
+
+def test_equal_content_takes_the_published_id(grown: dict[str, Artifact]) -> None:
+    view, table = view_of(grown), id_table(grown)
+    for n in (10, 20):
+        old, new = view.lookup([OLD[n].name, f"twin{n}"], "shop")
+        np.testing.assert_array_equal(table.codes[new], table.codes[old])
+    assert grown["ids-1"].meta["shared"] == 2
+    first, second = view.lookup(["bare1", "bare2"], "shop")
+    np.testing.assert_array_equal(table.codes[first], table.codes[second])
+
+
+def test_a_changed_item_is_fused_anew_and_keeps_its_id(
+    root: Path, trained: dict[str, Artifact], grown: dict[str, Artifact]
+) -> None:
+    view, table = view_of(grown), id_table(grown)
+    (row,) = view.lookup(["i7"], "shop")
+    fused = BlockSet.open(grown["fused-1"], "fused")
+    rows = fused.column("row")
+    assert rows.tolist() == [*range(500, 564), row]
+    now = replace(draw(1, "x", seed=40)[0], name="i7")
+    np.testing.assert_array_equal(fused.column("fused")[-1], embedded(trained["fusion"], [now])[0])
+    np.testing.assert_array_equal(table.codes[row], trained["quantizer"].load_npy("semantic_ids.npy")[row])
+    # Who looks like what i7 was takes its ID; who looks like what it is now does not.
+    was = next(item for item in OLD if item.name == "i7")
+    further = append(root, view, [replace(was, name="like-then"), replace(now, name="like-now")])
+    learnt = learn(root, further, grown, configuration(root))
+    then, here = further.lookup(["like-then", "like-now"], "shop")
+    codes = id_table(learnt).codes
+    np.testing.assert_array_equal(codes[then], codes[row])
+    np.testing.assert_array_equal(codes[here], encoded(learnt, [now])[0])
+    assert learnt["ids-4"].meta["shared"] == 1
+
+
+def test_nothing_that_was_published_moves(root: Path, trained: dict[str, Artifact]) -> None:
+    config = configuration(root)
+    view = append(root, GenerationsView(trained["catalog"]), draw(50, "p", seed=21))
+    one = learn(root, view, trained, config)
+    before = {name: digests(artifact.path) for name, artifact in one.items()}
+    codes = id_table(one).codes.copy()
+    two = learn(root, append(root, view, draw(50, "q", seed=22), retire=["p1"]), one, config)
+    assert {name: digests(artifact.path) for name, artifact in one.items()} == before
+    after = id_table(two).codes
+    assert after[: len(codes)].tobytes() == codes.tobytes()
+    assert codes[:500].tobytes() == np.asarray(trained["quantizer"].load_npy("semantic_ids.npy")).tobytes()
+    assert len(after) == len(codes) + 50
+
+
+def test_ids_have_to_follow_one_another(grown: dict[str, Artifact], trained: dict[str, Artifact]) -> None:
+    one, two, three = numbered(grown, "ids")
+    for wrong in ([two], [two, one], [one, three]):
+        with pytest.raises(DataError, match="do not go on from those before them"):
+            IdTable(trained["quantizer"], wrong)
+    with pytest.raises(DataError, match="not the IDs of a generation"):
+        IdTable(trained["quantizer"], [grown["fused-1"]])
+    generations = numbered(grown, "generation")
+    assert current_ids(trained["quantizer"], generations, [one, two, three]) == [one, two, three]
+    assert current_ids(trained["quantizer"], generations, [one, None, three]) == [one]
+    assert current_ids(trained["quantizer"], generations[1:], [one, two]) == []
+    other = Artifact(one.path, trained["quantizer"].manifest | {"fingerprint": "0" * 64})
+    assert current_ids(other, generations, [one, two, three]) == []
+
+
+def test_drift_rises_with_the_distance(root: Path, trained: dict[str, Artifact]) -> None:
+    found = []
+    for number, far in enumerate((0.0, 1.5, 4.0)):
+        items = draw(200, f"d{number}-", seed=50 + number, far=far)
+        view = append(root, GenerationsView(trained["catalog"]), items)
+        found.append(learn(root, view, trained, configuration(root))["ids-1"].meta["drift"])
+    near, middle, distant = found
+    assert 0.7 < near["drift"] < 1.4
+    assert not near["refit"]
+    assert near["share_beyond"] < 0.12
+    assert near["drift"] < middle["drift"] < distant["drift"]
+    assert distant["refit"]
+    assert distant["share_beyond"] > 0.5
+    assert distant["perplexity_items"] == 200
+    lenient = configuration(root, quality={"max_drift": 1000.0})
+    view = append(root, GenerationsView(trained["catalog"]), draw(20, "e", seed=60, far=4.0))
+    assert not learn(root, view, trained, lenient)["ids-1"].meta["drift"]["refit"]
+
+
+def test_drift_figures_against_their_definition() -> None:
+    new = (np.array([[0], [1], [1]], np.uint8), np.array([1, 2, 30], np.float32))
+    old = (np.array([[5], [5], [6], [7]], np.uint8), np.array([1, 2, 3, 4], np.float32))
+    figures = drift_figures(new, old, max_drift=5.0)
+    assert figures["drift"] == pytest.approx(11 / 2.5)
+    assert not figures["refit"]
+    assert figures["share_beyond"] == pytest.approx(1 / 3)
+    entropy = -(1 / 3 * np.log(1 / 3) + 2 / 3 * np.log(2 / 3))
+    assert figures["perplexity_new"] == pytest.approx(np.exp(entropy))
+    assert figures["perplexity_reference"] == pytest.approx(np.exp(entropy))  # of the first three
+    assert "drift" not in drift_figures((new[0][:0], new[1][:0]), old, max_drift=1.0)
+
+
+SIZES = (3, 2)
+CODES = st.tuples(st.integers(0, 2), st.integers(0, 1))
+
+
+def place(
+    new: list[tuple[tuple[int, int], int]],
+    taken: list[tuple[tuple[int, ...], int]],
+    config: RootConfig,
+    sizes: tuple[int, ...],
+) -> Any:
+    books = Codebooks((torch.zeros(3, 2), torch.tensor([[0.0, 0.0], [1.0, 0.0]])))
+    quantizer = Quantizer(torch.zeros(2), torch.ones(2), books)
+    raw = np.array([codes for codes, _ in new], np.uint8).reshape(-1, 2)
+    return place_beside(
+        raw,
+        np.array([content for _, content in new], np.int64),
+        taken=Taken(
+            np.array([codes for codes, _ in taken], np.uint8).reshape(-1, len(sizes)),
+            np.array([content for _, content in taken], np.int64),
+        ),
+        sizes=sizes,
+        quantizer=quantizer,
+        config=config.quantizer,
+        residuals=lambda rows, codes: torch.zeros(len(rows), 2),
+    )
+
+
+@given(
+    st.lists(st.tuples(CODES, st.integers(0, 5)), max_size=10), st.lists(st.tuples(CODES, st.integers(0, 7)))
+)
+@settings(max_examples=60)
+def test_digits_count_on(
+    new: list[tuple[tuple[int, int], int]], old: list[tuple[tuple[int, int], int]]
+) -> None:
+    """Against a dictionary: the catalogue's digits first, then those of new contents as they come."""
+    digits: dict[tuple[int, int], dict[int, int]] = {}
+    first: dict[int, tuple[int, ...]] = {}
+    taken = []
+    for codes, content in old:
+        bucket = digits.setdefault(codes, {})
+        final = (*codes, bucket.setdefault(content, len(bucket)))
+        taken.append((final, content))
+        first.setdefault(content, final)
+    expected, own = [], {}
+    for codes, content in new:
+        codes = own.setdefault(content, codes)
+        if content in first:
+            expected.append(first[content])
+            continue
+        bucket = digits.setdefault(codes, {})
+        expected.append((*codes, bucket.setdefault(content, len(bucket))))
+    needed = max([1, *(final[2] + 1 for final in expected), *(final[2] + 1 for final, _ in taken)])
+    config = configuration(Path("-"))
+    placed = place(new, taken, config, (*SIZES, needed))
+    assert [tuple(codes) for codes in placed.codes.tolist()] == expected
+    assert placed.shared == sum(content in first for _, content in new)
+    had = max([1, *(final[2] + 1 for final, _ in taken)])
+    if needed > had:
+        with pytest.raises(ConfigError, match="has no digit left"):
+            place(new, taken, config, (*SIZES, had))
+
+
+@given(
+    st.lists(st.tuples(CODES, st.integers(0, 5)), max_size=10), st.lists(st.tuples(CODES, st.integers(0, 7)))
+)
+@settings(max_examples=40)
+def test_ids_are_shared_where_nothing_is_resolved(
+    new: list[tuple[tuple[int, int], int]], taken: list[tuple[tuple[int, ...], int]]
+) -> None:
+    placed = place(new, taken, configuration(Path("-")), SIZES)
+    first: dict[int, tuple[int, ...]] = {}
+    for codes, content in [*taken, *new]:
+        first.setdefault(content, codes)
+    assert [tuple(codes) for codes in placed.codes.tolist()] == [first[content] for _, content in new]
+    assert (placed.moved, placed.unresolved) == (0, 0)
+
+
+@pytest.mark.parametrize(("policy", "capacity"), [("next_nearest", 1), ("next_nearest", 2), ("sinkhorn", 1)])
+@given(
+    st.lists(st.tuples(CODES, st.integers(0, 5)), max_size=10), st.lists(st.tuples(CODES, st.integers(0, 7)))
+)
+@settings(max_examples=40)
+def test_only_new_items_move(
+    policy: str,
+    capacity: int,
+    new: list[tuple[tuple[int, int], int]],
+    taken: list[tuple[tuple[int, ...], int]],
+) -> None:
+    """Room is what published contents leave; sinkhorn places appended items as next_nearest does."""
+    placed = place(new, taken, configuration(Path("-"), collisions=policy, capacity=capacity), SIZES)
+    contents: dict[tuple[int, ...], set[int]] = {}
+    first: dict[int, tuple[int, ...]] = {}
+    for codes, content in taken:
+        contents.setdefault(codes, set()).add(content)
+        first.setdefault(content, codes)
+    before = {codes: len(found) for codes, found in contents.items()}
+    own: dict[int, tuple[int, ...]] = {}
+    final = [tuple(codes) for codes in placed.codes.tolist()]
+    for (codes, content), found in zip(new, final, strict=True):
+        raw = own.setdefault(content, codes)
+        assert found == first.get(content, found)
+        assert content in first or found[0] == raw[0]
+        contents.setdefault(found, set()).add(content)
+    for codes, found in contents.items():
+        if len(found) > max(capacity, before.get(codes, 0)):
+            # Above the capacity only where the whole prefix is full.
+            assert all(len(contents.get((codes[0], last), ())) >= capacity for last in range(SIZES[1]))
+            assert placed.unresolved > 0
+    assert placed.shared == sum(content in first for _, content in new)
+
+
+def test_a_digit_of_a_real_table(
+    root: Path, trained: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qbrec.quantizer.resolve.SPARE_DIGITS", 0)
+    config = configuration(root, collisions="digit")
+    found = train(root, trained["catalog"], config, name="digit")
+    old = found["quantizer"].load_npy("semantic_ids.npy")
+    most = found["quantizer"].meta["levels"][3]
+    full = {tuple(codes) for codes in old[old[:, 3] == most - 1, :3].tolist()}
+    drawn = draw(200, "digit", seed=71)
+    raw = [tuple(codes) for codes in encoded(found, drawn).tolist()]
+    crowded = [item for item, codes in zip(drawn, raw, strict=True) if codes in full]
+    items = [item for item, codes in zip(drawn, raw, strict=True) if codes not in full][:12]
+    view = append(root, GenerationsView(found["catalog"]), items)
+    learnt = learn(root, view, found, config)
+    table = id_table(learnt)
+    rows = view.lookup([item.name for item in items], "shop")
+    np.testing.assert_array_equal(table.codes[rows, :3], encoded(found, items))
+    # No two contents have the same digit on one ID.
+    live = ~np.asarray(view.retired)
+    assert len(np.unique(table.codes[live], axis=0)) == live.sum()
+    assert GrownIds(found["quantizer"], [learnt["ids-1"]]).show([int(rows[0])])[0].bucket == 1
+    # One more on the fullest ID: its digits are all given.
+    view = append(root, GenerationsView(found["catalog"]), crowded[:1])
+    with pytest.raises(ConfigError, match=f"other items have all {most}"):
+        learn(root, view, found, config)
+
+
+def test_codes_of_single_modalities(root: Path, trained: dict[str, Artifact]) -> None:
+    config = configuration(root, modalities=["joint", "text"], modality_levels=[4, 4])
+    found = train(root, trained["catalog"], config, name="modal")
+    items = [*draw(45, "k", seed=70), Item("bare", None)]
+    view = append(root, GenerationsView(found["catalog"]), items)
+    learnt = learn(root, view, found, config)
+    table = id_table(learnt)
+    assert table.codes.shape == (546, 3)
+    assert table.tokens.shape == (546, 5)
+    np.testing.assert_array_equal(table.tokens[:, :3], table.codes)
+    np.testing.assert_array_equal(table.tokens[:500, 3:], found["quantizer"].load_npy("modality_codes.npy"))
+    one = ModalityQuantizer.load(found["quantizer"], "text")
+    vectors = np.array([item.vector for item in items[:-1]])
+    expected = one.encode(Ragged.from_lengths(vectors, np.ones(45, np.int64))).numpy()
+    rows = view.lookup([item.name for item in items], "shop")
+    np.testing.assert_array_equal(table.tokens[rows[:-1], 3:], expected)
+    assert table.tokens[rows[-1], 3:].tolist() == [4, 4]
+    recommender = Recommender.from_artifacts(learnt, ranking=config.ranking)
+    assert recommender.num_candidates == 400 - 1 + 46
+
+
+def test_new_items_are_recommended_and_retired_ones_never(
+    root: Path, grown: dict[str, Artifact], tmp_path: Path
+) -> None:
+    config, view = configuration(root), view_of(grown)
+    recommender = Recommender.from_artifacts(grown, ranking=config.ranking)
+    shop = {item.name for item in OLD if item.domain == "shop"}
+    shop |= (
+        {f"n{n}" for n in range(60)} | {f"m{n}" for n in range(30)} | {"twin10", "twin20", "bare1", "bare2"}
+    )
+    expected = shop - {"i1", "i9", "n5", "i100"}
+    history = ["n7", "i5", "m3", "i1"]  # also what was retired may have been bought
+    assert recommender.num_candidates == len(expected)
+    (items,) = recommender.recommend([history], k=len(expected), keep_seen=True)
+    assert {item["item_id"] for item in items} == expected
+    (items,) = recommender.recommend([history], k=len(expected))
+    assert {item["item_id"] for item in items} == expected - set(history)
+    # Equal scores: nobody was trained on new items, so those of the catalogue come first.
+    (old, new) = (next(i for i in items if i["item_id"] == name) for name in ("i10", "twin10"))
+    assert (old["score"], old["semantic_id"]) == (new["score"], new["semantic_id"])
+    assert items.index(old) < items.index(new)
+    # An item that has no ID yet is known in a history, not ranked, and an unknown one still is an error.
+    later = append(root, view, draw(3, "late", seed=90))
+    artifacts = {**grown, "generation-4": later.generations[-1].artifact}
+    waiting = Recommender.from_artifacts(artifacts, ranking=config.ranking)
+    (items,) = waiting.recommend([["late1", "i5"]], k=len(expected))
+    assert {item["item_id"] for item in items} == expected - {"i5"}
+    assert (recommender.num_waiting, waiting.num_waiting) == (0, 3)
+    with pytest.raises(DataError, match="unknown item id 'late9'"):
+        waiting.recommend([["late9"]])
+    with pytest.raises(DataError, match="not trained on the domain 'garden'"):
+        Recommender.from_artifacts(grown, ranking=config.ranking, domain="garden")
+
+
+def test_a_bundle_knows_the_generations(root: Path, grown: dict[str, Artifact], tmp_path: Path) -> None:
+    config = configuration(root)
+    artifacts = {**grown, "evaluation": evaluation(root)}
+    histories = [["n7", "i5"], ["m3"]]
+    expected = Recommender.from_artifacts(grown, ranking=config.ranking).recommend(histories, k=50)
+    for name, limit in (("inside", 1 << 30), ("outside", 0)):
+        registry = config.registry.model_copy(update={"max_part_bytes": limit})
+        shaped = config.model_copy(update={"registry": registry})
+        bundle = write_bundle(tmp_path / name, config=shaped, artifacts=artifacts, card="")
+        assert set(open_served(bundle)) == {"catalog", "quantizer", "finetune", *GENERATION_PARTS}
+        assert Recommender.load(bundle).recommend(histories, k=50) == expected
+    assert not list((tmp_path / "inside").rglob("*.tar"))
+    assert not (tmp_path / "outside" / "ids-1").exists()
+
+
+def test_the_card_says_what_was_appended(root: Path, grown: dict[str, Artifact]) -> None:
+    artifacts = {**grown, "evaluation": evaluation(root)}
+    card = model_card(configuration(root), artifacts)
+    assert "in 3 generations: 124 items, 124 of them with semantic IDs; 3 items retired" in card
+    assert ", –\n" in card  # the last generation has no new items, so there is no drift
+    assert f"- ids-2: `{grown['ids-2'].fingerprint}`" in card
+    before = {name: artifact for name, artifact in artifacts.items() if "-" not in name}
+    assert "appended since" not in model_card(configuration(root), before)
+
+
+def test_showing_and_finding_ids(grown: dict[str, Artifact]) -> None:
+    table = id_table(grown)
+    shown = GrownIds(grown["quantizer"], numbered(grown, "ids"))
+    counts = grown["catalog"].load_npy("train_counts.npy")
+    popularity = np.concatenate([counts, np.zeros(124, np.int64)])
+    order = np.lexsort((np.arange(624), -popularity, *table.codes.T[::-1]))
+    for prefix in [(c,) for c in range(8)] + [
+        tuple(int(c) for c in table.codes[r]) for r in (0, 5, 510, 600)
+    ]:
+        expected = [r for r in order if tuple(table.codes[r, : len(prefix)]) == prefix]
+        assert shown.find(prefix).tolist() == expected
+        assert shown.find(".".join(map(str, prefix))).tolist() == expected
+    for one in shown.show([0, 7, 499, 500, 623]):
+        assert one.codes == tuple(table.codes[one.row].tolist())
+        assert one.bucket == int((table.codes == table.codes[one.row]).all(1).sum())
+        assert one.text == "".join(f"<{'abc'[level]}_{code}>" for level, code in enumerate(one.codes))
+        assert one.label
+    with pytest.raises(DataError, match="no semantic ID of item row 624"):
+        shown.show([624])
+    with pytest.raises(ConfigError, match="level 0 has codes 0 to 7"):
+        shown.find("8")
+
+
+def test_the_bonus_knows_only_what_was_trained_on() -> None:
+    rng = np.random.default_rng(0)
+    matrix = sp.random(6, 6, density=0.5, random_state=0, format="csr", dtype=np.float32)
+    neighbours = Neighbours(matrix, weight=2.0, decay=0.5)
+    histories = Ragged.from_lists([[1, 7, 2, 8], [9], [3, 4]])
+    weights = recency(histories, decay=0.5, num_items=6).toarray()
+    expected = np.zeros((3, 6), np.float32)
+    expected[0, [1, 2]] = [0.125, 0.5]  # new items keep their place in the history
+    expected[2, [3, 4]] = [0.5, 1.0]
+    np.testing.assert_array_equal(weights, expected)
+
+    class Codes:
+        name = "codes"
+
+        def code_log_probs(self, histories: Ragged, domain: Any) -> torch.Tensor:
+            return torch.from_numpy(np.log(rng.random((len(histories), 2, 4)))).float()
+
+    base = FactorisedScorer(Codes(), semantic_ids=rng.integers(0, 4, (10, 2)))
+    state = rng.bit_generator.state
+    alone = base.scores(histories, 0)
+    rng.bit_generator.state = state
+    scores = BonusScorer(base, neighbours).scores(histories, 0)
+    assert scores.shape == (3, 10)
+    assert torch.equal(scores[:, 6:], alone[:, 6:])
+    assert torch.equal(scores[1], alone[1])
+    assert (scores[0, :6] > alone[0, :6]).any()
+
+
+class Noted:
+    """A run whose run.json names a catalogue, models and generations."""
+
+    def __init__(self, folder: Path, artifacts: Mapping[str, Artifact]) -> None:
+        self.config = configuration(folder)
+        self.store = ArtifactStore(folder)
+        self.said: list[str] = []
+        self.warned: list[str] = []
+        record = RunRecord.own(self.config, resume="auto")
+        stages = {name: a for name, a in artifacts.items() if "-" not in name}
+        record.stages = {name: {"key": a.key, "path": str(a.path)} for name, a in stages.items()}
+        generations = numbered(artifacts, "generation")
+        record.extra["generations"] = [{"key": a.key, "path": str(a.path)} for a in generations]
+        record.save()
+        record.close()
+
+    def bring(self, max_drift: float = 1.5) -> tuple[list[Artifact], str]:
+        record = RunRecord.own(self.config, resume="must")
+        try:
+            return bring_to_models(
+                self.config, record, self.store,
+                max_drift=max_drift, say=self.said.append, warn=self.warned.append,
+            )  # fmt: skip
+        finally:
+            record.close()
+
+    def edit(self, change: Any) -> None:
+        path = run_directory(self.config) / "run.json"
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(document))
+
+    def noted(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = RunRecord.load(run_directory(self.config)).extra["generations"]
+        return found
+
+
+def test_a_run_catches_up_and_does_nothing_twice(root: Path, grown: dict[str, Artifact], capsys: Any) -> None:
+    run = Noted(root, grown)
+    stages = RunRecord.load(run_directory(run.config)).stages
+    run.edit(lambda d: d["stages"].pop("quantizer"))
+    assert run.bring() == ([], "the run has no finished quantizer yet")
+    assert "ids" not in run.noted()[0]
+    assert [*with_generations(run.config, {"catalog": grown["catalog"]})] == [
+        *("catalog", "generation-1", "generation-2", "generation-3")
+    ]
+    run.edit(lambda d: d["stages"].update(stages))
+    ids, missing = run.bring()
+    assert missing == ""
+    assert [made.meta["first_row"] for made in ids] == [500, 564, 624]
+    assert run.said == [
+        "✓ generation 1: 64 new items have semantic IDs",
+        "✓ generation 2: 60 new items have semantic IDs",
+    ]
+    assert run.warned == []
+    np.testing.assert_array_equal(IdTable(grown["quantizer"], ids).codes, id_table(grown).codes)
+    state, noted = digests(root / "artifacts"), run.noted()
+    assert [place["ids"]["path"] for place in noted] == [str(made.path) for made in ids]
+    # Again, and with another threshold: published IDs are not made anew.
+    for threshold in (1.5, 0.001):
+        again, _ = run.bring(threshold)
+        assert [made.path for made in again] == [made.path for made in ids]
+    assert (digests(root / "artifacts"), run.noted(), len(run.said)) == (state, noted, 2)
+    # Forgotten by run.json (killed before it was written), they are found, not made.
+    run.edit(lambda d: [place.pop("ids") for place in d["extra"]["generations"]])
+    run.bring()
+    assert (digests(root / "artifacts"), run.noted()) == (state, noted)
+    found = with_generations(run.config, {name: grown[name] for name in ("catalog", "quantizer")})
+    assert {name for name in found if "-" in name} == GENERATION_PARTS
+
+
+def test_another_quantizer_gives_other_ids(root: Path, trained: dict[str, Artifact]) -> None:
+    config = configuration(root, levels=[8, 8])
+    view = append(root, GenerationsView(trained["catalog"]), draw(40, "o", seed=33, far=4.0))
+    artifacts = {**trained, "generation-1": view.generations[0].artifact}
+    run = Noted(root, artifacts)
+    (first,), _ = run.bring()
+    assert "refit: the new items of generation 1" in run.warned[0]
+    other = train(root, trained["catalog"], config, name="other")["quantizer"]
+    # Its IDs do not hold for another quantizer: the items wait for new ones.
+    assert "ids-1" not in with_generations(run.config, {**trained, "quantizer": other})
+    assert "ids-1" in with_generations(run.config, trained)
+    run.edit(lambda d: d["stages"]["quantizer"].update(path=str(other.path)))
+    (second,), _ = run.bring(max_drift=1000.0)
+    assert second.meta["levels"] == [8, 8]
+    assert second.path != first.path
+    assert len(run.warned) == 1
+    # A fusion of an earlier catalogue cannot read the items of this one.
+    stale = Artifact(trained["fusion"].path, trained["fusion"].manifest)
+    manifest = json.loads((stale.path / "manifest.json").read_text())
+    folder = root / "stale"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"inputs": {"catalog": "0" * 64}}))
+    run.edit(lambda d: d["stages"]["fusion"].update(path=str(folder)))
+    assert run.bring() == ([], "the run's fusion was made before its catalogue was built anew")
+
+
+def test_appending_needs_a_catalogue(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no finished catalogue"):
+        append_generation(configuration(tmp_path), Request("", "x"), say=print, warn=print)
