@@ -58,10 +58,10 @@ def run_faiss(x: np.ndarray, start: np.ndarray) -> np.ndarray:
 def run_ours(x: np.ndarray, start: np.ndarray, *, default: bool) -> np.ndarray:
     import torch
 
-    from qbrec.quantizer.chunks import Alone, Shard
-    from qbrec.quantizer.kernels.choose import choose
-    from qbrec.quantizer.kmeans import fit_kmeans
-    from qbrec.quantizer.lloyd import lloyd
+    from qbrec.quantizer.kmeans.chunks import Alone, Shard
+    from qbrec.quantizer.kmeans.fit import fit_kmeans
+    from qbrec.quantizer.kmeans.kernels.choose import choose
+    from qbrec.quantizer.kmeans.lloyd import lloyd
 
     torch.set_num_threads(THREADS)
     shard, seeds = Shard(torch.from_numpy(x), 0, len(x)), torch.from_numpy(start)
@@ -77,12 +77,12 @@ def warm_up(x: np.ndarray) -> None:
     """Compile: a short fit of everything."""
     import torch
 
-    from qbrec.quantizer.chunks import Alone, Shard
-    from qbrec.quantizer.kernels import choose as choosing
-    from qbrec.quantizer.kernels.gemm import NATIVE_ROWS
-    from qbrec.quantizer.lloyd import lloyd
+    from qbrec.quantizer.kmeans.chunks import Alone, Shard
+    from qbrec.quantizer.kmeans.kernels import choose as choosing
+    from qbrec.quantizer.kmeans.kernels.gemm import NATIVE_ROWS
+    from qbrec.quantizer.kmeans.lloyd import lloyd
 
-    few = torch.from_numpy(x[: NATIVE_ROWS + 1])
+    few = torch.from_numpy(np.array(x[: NATIVE_ROWS + 1]))
     for make in choosing.candidates(few.device, sample=few[:4096]).values():
         kernel = make(few, choosing.row_norms(few))
         lloyd(Shard(few, 0, len(few)), few[:16], comm=Alone(), iterations=1, bound=1.0, kernel=kernel)
@@ -93,9 +93,9 @@ def _rank(rank: int, folder: str, out: str) -> None:
     import torch.distributed as dist
 
     from qbrec.engine.context import StageContext
-    from qbrec.quantizer.chunks import Shard, split_rows
-    from qbrec.quantizer.kernels.choose import choose
-    from qbrec.quantizer.lloyd import lloyd
+    from qbrec.quantizer.kmeans.chunks import Shard, split_rows
+    from qbrec.quantizer.kmeans.kernels.choose import choose
+    from qbrec.quantizer.kmeans.lloyd import lloyd
     from qbrec.storage.artifact import ArtifactStore
 
     torch.set_num_threads(1)

@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from kmeans import make_vectors
 
-from qbrec.quantizer.chunks import Alone, Shard
 from qbrec.quantizer.collisions import next_nearest
+from qbrec.quantizer.kmeans.chunks import Alone, Shard
 from qbrec.quantizer.packing import bucket_order, code_dtype, pack
 from qbrec.quantizer.rvq import encode, fit_levels, residual_before
 

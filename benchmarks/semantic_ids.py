@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qbrec.quantizer.chunks import stratified
+from qbrec.quantizer.kmeans.chunks import stratified
 from qbrec.quantizer.quality import PAIR_ROWS, bucket_figures, cohesion, level_usage
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.vectors import take_fused

@@ -140,7 +140,7 @@ def bring_to_models(
         wanted = {**inputs, "quantizer": quantizer, "fused": fused, **ids}
         made = one.ids
         if made is None or made.inputs != _prints(wanted):
-            made = _make(config, record, store, IDS_KIND, "qbrec.quantizer.append:run", recipe, wanted)
+            made = _make(config, record, store, IDS_KIND, "qbrec.quantizer.append.run:run", recipe, wanted)
             one.entry.update(fused=_place(fused), ids=_place(made))
             record.save()
             if made.meta["num_added"]:

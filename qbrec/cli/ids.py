@@ -10,7 +10,7 @@ from qbrec.cli.options import config_options
 
 if TYPE_CHECKING:
     from qbrec.config import RootConfig
-    from qbrec.quantizer.grown_ids import GrownIds
+    from qbrec.quantizer.append.grown_ids import GrownIds
     from qbrec.storage.generations import GenerationsView
 
 
@@ -81,7 +81,7 @@ def _open(config: RootConfig) -> tuple[GenerationsView, GrownIds]:
     """Items and IDs of a run, its generations among them."""
     from qbrec.append_run import with_generations
     from qbrec.pipeline import finished_artifacts
-    from qbrec.quantizer.grown_ids import GrownIds
+    from qbrec.quantizer.append.grown_ids import GrownIds
     from qbrec.storage.generations import GenerationsView
     from qbrec.storage.id_table import GENERATION, IDS, numbered
 

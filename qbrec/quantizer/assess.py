@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qbrec.engine.context import StageContext
-from qbrec.quantizer.chunks import stratified
 from qbrec.quantizer.collisions import Resolution
+from qbrec.quantizer.kmeans.chunks import stratified
 from qbrec.quantizer.quality import PAIR_ROWS, add_residual_energy, bucket_figures, cohesion, level_usage
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.vectors import take_fused

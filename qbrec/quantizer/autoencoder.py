@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qbrec.quantizer.chunks import parallel
-from qbrec.quantizer.kernels.gemm import tile_rows
+from qbrec.quantizer.kmeans.chunks import parallel
+from qbrec.quantizer.kmeans.kernels.gemm import tile_rows
 
 Gradient = Literal["rotation", "straight_through"]
 

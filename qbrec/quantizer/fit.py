@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qbrec.config.stages import QuantizerConfig
 from qbrec.errors import CheckpointError, ConfigError
-from qbrec.quantizer.chunks import Collective, FixedPoint, Shard, max_abs
-from qbrec.quantizer.lloyd import KMeans
+from qbrec.quantizer.kmeans.chunks import Collective, FixedPoint, Shard, max_abs
+from qbrec.quantizer.kmeans.lloyd import KMeans
 from qbrec.quantizer.packing import code_bits
 from qbrec.quantizer.refine import MovingAverages, least_squares, revive
 from qbrec.quantizer.rvq import Codebooks, decode, encode, fit_levels
@@ -139,6 +139,58 @@ def held_out_error(shard: Shard, books: Codebooks, *, comm: Collective, beam: in
     return float(fixed.decode(error[0])) / max(int(error[1]), 1)
 
 
+def fit_saved_levels(
+    shard: Shard,
+    sizes: Sequence[int],
+    names: Sequence[str],
+    *,
+    config: QuantizerConfig,
+    comm: Collective,
+    seed: int,
+    memory: FitMemory | None,
+    report: Report,
+) -> Codebooks:
+    """Residual k-means whose levels are kept as they are finished; those that are there are not fitted again.
+
+    Args:
+        shard: This rank's standardised rows.
+        sizes: Codes per level.
+        names: Step that each level is kept and reported as.
+        config: Lengths of k-means.
+        comm: Process group.
+        seed: See `fit_levels`.
+        memory: Where finished levels are kept; None: nowhere.
+        report: Called on every rank after each level with its name and figures.
+    """
+    finished: list[Tensor] = []
+    for name, size in zip(names, sizes, strict=True):
+        kept = memory.load(name, [(size, shard.x.shape[1])]) if memory else None
+        if kept is None:
+            break
+        finished.append(kept[0])
+        report(name, {})
+
+    def on_level(level: int, result: KMeans) -> None:
+        if memory:
+            memory.save(names[level], [result.centroids])
+        figures = {"inertia": result.inertia, "iterations": result.iterations, "reseeded": result.reseeded}
+        report(names[level], figures)
+
+    return fit_levels(
+        shard,
+        sizes,
+        comm=comm,
+        seed=seed,
+        finished=finished,
+        on_level=on_level,
+        seeding=config.seeding,
+        warmup=config.warmup,
+        iterations=config.iterations,
+        full_passes=config.full_passes,
+        max_sample=config.sample,
+    )
+
+
 def fit_codebooks(
     shard: Shard,
     sizes: Sequence[int],
@@ -167,34 +219,10 @@ def fit_codebooks(
     Returns:
         The same codebooks, bit for bit, on every rank and for any number of ranks and threads.
     """
-    width = shard.x.shape[1]
-    shapes = [(size, width) for size in sizes]
-    finished: list[Tensor] = []
-    for level in range(len(sizes)):
-        kept = memory.load(f"level-{level}", shapes[level : level + 1]) if memory else None
-        if kept is None:
-            break
-        finished.append(kept[0])
-        report(f"level-{level}", {})
-
-    def on_level(level: int, result: KMeans) -> None:
-        if memory:
-            memory.save(f"level-{level}", [result.centroids])
-        figures = {"inertia": result.inertia, "iterations": result.iterations, "reseeded": result.reseeded}
-        report(f"level-{level}", figures)
-
-    books = fit_levels(
-        shard,
-        sizes,
-        comm=comm,
-        seed=seed,
-        seeding=config.seeding,
-        warmup=config.warmup,
-        iterations=config.iterations,
-        full_passes=config.full_passes,
-        max_sample=config.sample,
-        finished=finished,
-        on_level=on_level,
+    shapes = [(size, shard.x.shape[1]) for size in sizes]
+    names = [f"level-{level}" for level in range(len(sizes))]
+    books = fit_saved_levels(
+        shard, sizes, names, config=config, comm=comm, seed=seed, memory=memory, report=report
     )
     before: float | None = None
     for step, change in _steps(shard, config, comm, seed):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.kernels.gemm import Gemm, native_loops, row_argmax, tile_rows
-from qbrec.quantizer.kernels.pruned import length_outside, principal_directions
+from qbrec.quantizer.kmeans.kernels.gemm import Gemm, native_loops, row_argmax, tile_rows
+from qbrec.quantizer.kmeans.kernels.pruned import length_outside, principal_directions
 
 WORTH = 100_000  # rows from which choosing an encoder by measurement pays
 PROBE = 4  # tiles of one measurement
@@ -48,7 +48,7 @@ class PrunedGreedy:
     """
 
     def __init__(self, levels: Levels, directions: Tensor) -> None:
-        from qbrec.quantizer.kernels import native
+        from qbrec.quantizer.kmeans.kernels import native
 
         self._native, self.directions = native, directions
         self.levels, self.gemms = levels, [Gemm(level) for level in levels]

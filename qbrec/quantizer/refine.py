@@ -9,12 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.chunks import GRAIN, Collective, FixedPoint, Shard, batches, max_abs, parallel, sum_of
 from qbrec.quantizer.greedy import take_off
-from qbrec.quantizer.kernels.gemm import TILE, Gemm, native_loops
-from qbrec.quantizer.lloyd import assign, farthest_rows
+from qbrec.quantizer.kmeans.chunks import (
+    GRAIN,
+    Collective,
+    FixedPoint,
+    Shard,
+    batches,
+    max_abs,
+    parallel,
+    sum_of,
+)
+from qbrec.quantizer.kmeans.kernels.gemm import TILE, Gemm, native_loops
+from qbrec.quantizer.kmeans.lloyd import assign, farthest_rows
+from qbrec.quantizer.kmeans.sums import distances, move_rows
 from qbrec.quantizer.rvq import Codebooks, decode, encode
-from qbrec.quantizer.sums import distances, move_rows
 
 DECAY = 0.9  # of the moving averages, per batch
 COUNTED = 8  # batches that tell how often each code is used at the start

@@ -18,8 +18,8 @@ from qbrec.config.stages import QuantizerConfig, TrainConfig
 from qbrec.engine.context import StageContext
 from qbrec.engine.train import train
 from qbrec.quantizer.autoencoder import AutoEncoder, QuantizedReconstruction, Reconstruction
-from qbrec.quantizer.chunks import FixedPoint, Shard
 from qbrec.quantizer.fit import FitMemory, Report, fit_codebooks
+from qbrec.quantizer.kmeans.chunks import FixedPoint, Shard
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.refine import revive
 from qbrec.quantizer.rvq import Codebooks, decode, encode

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qbrec.quantizer.chunks import Collective, FixedPoint, Shard, max_abs, parallel, sum_of
 from qbrec.quantizer.greedy import fastest_greedy
-from qbrec.quantizer.kernels.gemm import Gemm, native_loops, row_argmax, tile_rows
-from qbrec.quantizer.kmeans import Warmup, fit_kmeans
-from qbrec.quantizer.lloyd import KMeans, assign
-from qbrec.quantizer.seeding import Seeding
+from qbrec.quantizer.kmeans.chunks import Collective, FixedPoint, Shard, max_abs, parallel, sum_of
+from qbrec.quantizer.kmeans.fit import KMeansOptions, fit_kmeans
+from qbrec.quantizer.kmeans.kernels.gemm import Gemm, native_loops, row_argmax, tile_rows
+from qbrec.quantizer.kmeans.lloyd import KMeans, assign
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,9 @@ def fit_levels(
     *,
     comm: Collective,
     seed: int,
-    seeding: Seeding = "plus_plus",
-    warmup: Warmup = "sample",
-    iterations: int = 20,
-    full_passes: int = 1,
-    max_sample: int = 1_048_576,
     finished: Sequence[Tensor] = (),
     on_level: Callable[[int, KMeans], None] = lambda level, result: None,
+    **options: Unpack[KMeansOptions],
 ) -> Codebooks:
     """Residual k-means (`rq_kmeans`): k-means on the vectors, then on what is left of them, and so on.
 
@@ -152,14 +147,10 @@ def fit_levels(
         sizes: Codes per level.
         comm: Process group.
         seed: Level l draws from `seed + 10 l`.
-        seeding: See `fit_kmeans`.
-        warmup: See `fit_kmeans`.
-        iterations: See `fit_kmeans`.
-        full_passes: See `fit_kmeans`.
-        max_sample: See `fit_kmeans`.
         finished: Codebooks of the first levels from an interrupted fit; the rest comes out bit for bit the
             same.
         on_level: Called on every rank with (level, result) after each fitted level.
+        **options: See `KMeansOptions`.
     """
     residual = shard.x.clone()
     levels: list[Tensor] = []
@@ -168,17 +159,7 @@ def fit_levels(
             codebook = finished[level]
         else:
             part = Shard(residual, shard.start, shard.total, shard.train)
-            result = fit_kmeans(
-                part,
-                size,
-                comm=comm,
-                seed=seed + 10 * level,
-                seeding=seeding,
-                warmup=warmup,
-                iterations=iterations,
-                full_passes=full_passes,
-                max_sample=max_sample,
-            )
+            result = fit_kmeans(part, size, comm=comm, seed=seed + 10 * level, **options)
             codebook = result.centroids
             on_level(level, result)
         levels.append(codebook)

@@ -15,11 +15,11 @@ from qbrec.config.stages import QuantizerConfig
 from qbrec.engine.context import StageContext
 from qbrec.errors import DataError
 from qbrec.quantizer.assess import assess, summary
-from qbrec.quantizer.chunks import stratified
 from qbrec.quantizer.duplicates import write_duplicates
 from qbrec.quantizer.fit import FitMemory, fit_codebooks, resolve_levels, step_names
+from qbrec.quantizer.fit_modalities import fit_modalities, plan_modalities
+from qbrec.quantizer.kmeans.chunks import stratified
 from qbrec.quantizer.labels import make_labels
-from qbrec.quantizer.modality import fit_modalities, plan_modalities
 from qbrec.quantizer.packing import bucket_order, code_dtype, pack
 from qbrec.quantizer.quality import check_gate
 from qbrec.quantizer.quantizer import Quantizer

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qbrec.engine.context import StageContext
 from qbrec.errors import DataError
-from qbrec.quantizer.chunks import Shard, split_rows, standardisation, stratified
+from qbrec.quantizer.kmeans.chunks import Shard, split_rows, standardise, stratified
 from qbrec.storage.blocks import BlockSet
 
 Standard = tuple[Tensor, Tensor]
@@ -44,10 +44,8 @@ def load_shard(ctx: StageContext, blocks: BlockSet, *, held_out: float) -> tuple
     if len(held):
         train = torch.ones(stop - start, dtype=torch.bool, device=ctx.device)
         train[torch.from_numpy(held[(held >= start) & (held < stop)] - start).to(ctx.device)] = False
-    mean, std = standardisation(Shard(fused, start, total), ctx)
-    fused -= mean
-    fused /= std
-    return Shard(fused, start, total, train), (mean, std)
+    standard = standardise(Shard(fused, start, total), ctx)
+    return Shard(fused, start, total, train), standard
 
 
 def held_out_rows(ctx: StageContext, total: int, share: float) -> NDArray[np.int64]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from qbrec.config import parse_config
 from qbrec.config.stages import QuantizerConfig
 from qbrec.engine.context import StageContext
-from qbrec.quantizer.chunks import GRAIN, Shard, split_rows, standardisation, stratified
+from qbrec.quantizer.kmeans.chunks import GRAIN, Shard, split_rows, standardise, stratified
 from qbrec.quantizer.fit import fit_codebooks
-from qbrec.quantizer.kmeans import fit_kmeans
-from qbrec.quantizer.lloyd import lloyd
+from qbrec.quantizer.kmeans.fit import fit_kmeans
+from qbrec.quantizer.kmeans.lloyd import lloyd
 from qbrec.quantizer.rvq import encode, prefix_errors
 from qbrec.quantizer.stage import run
 from qbrec.storage.artifact import ArtifactStore
@@ -41,8 +41,8 @@ def _fit(rank: int, world: int, num_rows: int, folder: str) -> dict[str, Tensor]
     held = torch.zeros(num_rows, dtype=torch.bool)
     held[torch.from_numpy(stratified(num_rows, num_rows // 20, seed=1))] = True
     raw = Shard(x[start:stop].clone(), start, num_rows)
-    mean, std = standardisation(raw, comm)
-    rows = ((raw.x - mean) / std).contiguous()
+    mean, std = standardise(raw, comm)
+    rows = raw.x
     shard = Shard(rows, start, num_rows, ~held[start:stop])
     far = torch.full((6, 12), 50.0)
     moved = lloyd(shard, torch.cat([((x[:26] - mean) / std), far]), comm=comm, iterations=4, bound=60.0)

@@ -17,8 +17,8 @@ from qbrec.engine.context import StageContext
 from qbrec.engine.launch import process_group
 from qbrec.fusion import append as fusion_append
 from qbrec.fusion import stage as fusion_stage
-from qbrec.quantizer import append as quantizer_append
 from qbrec.quantizer import stage as quantizer_stage
+from qbrec.quantizer.append import run as quantizer_append
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.recommender import save_encoder
 from qbrec.sequence.vocabulary import Vocabulary

@@ -21,9 +21,9 @@ from qbrec.catalog.append.run import Request
 from qbrec.config import RootConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.fusion.embed import FusionEncoder
-from qbrec.quantizer.beside import Taken, place_beside
-from qbrec.quantizer.drift import drift_figures
-from qbrec.quantizer.grown_ids import GrownIds
+from qbrec.quantizer.append.beside import Taken, place_beside
+from qbrec.quantizer.append.drift import drift_figures
+from qbrec.quantizer.append.grown_ids import GrownIds
 from qbrec.quantizer.modality import ModalityQuantizer
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.rvq import Codebooks

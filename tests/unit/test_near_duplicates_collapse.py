@@ -26,9 +26,10 @@ from qbrec.cli.options import with_flags
 from qbrec.config import load_config
 from qbrec.errors import ConfigError, DataError
 from qbrec.registry.recommend import Recommender
-from qbrec.storage.artifact import ArtifactStore
+from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.blocks import BlockSet, BlockTarWriter, RaggedField, write_block_index
 from qbrec.storage.catalog_view import CatalogView
+from qbrec.storage.generations import GenerationsView
 from qbrec.storage.hashing import hash64
 from qbrec.storage.ragged import Ragged
 
@@ -179,7 +180,7 @@ def test_tars_are_rewritten_with_the_same_users(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def catalogue(root: Path, *, collapsed: bool) -> CatalogView:
+def catalogue(root: Path, *, collapsed: bool) -> Artifact:
     """Five items of the shop and one of another domain; 0 and 1 are the same, 1 stands for both."""
     ids = [f"i{number}" for number in range(5)]
     order = np.argsort(hash64("shop", ids))
@@ -202,11 +203,11 @@ def catalogue(root: Path, *, collapsed: bool) -> CatalogView:
         writer.save_npy(REPRESENTATIVES, chosen)
         writer.save_npy("retired.npy", chosen != np.arange(6))
     meta = {"num_items": 6, "domains": ["shop", "other"]}
-    return CatalogView(writer.commit(meta=meta, inputs={}, config={}, seed=0))
+    return writer.commit(meta=meta, inputs={}, config={}, seed=0)
 
 
 def test_retired_items_are_no_candidates(tmp_path: Path) -> None:
-    whole, collapsed = (catalogue(tmp_path, collapsed=c) for c in (False, True))
+    whole, collapsed = (CatalogView(catalogue(tmp_path, collapsed=c)) for c in (False, True))
     assert (whole.candidates("shop") == whole.domain_mask("shop")).all()
     assert whole.candidates().all()
     (retired,) = np.flatnonzero(collapsed.retired).tolist()
@@ -230,7 +231,7 @@ def test_recommending_reads_a_retired_item_as_its_representative(tmp_path: Path)
 
     found = {}
     for collapsed in (False, True):
-        view = catalogue(tmp_path, collapsed=collapsed)
+        view = GenerationsView(catalogue(tmp_path, collapsed=collapsed))
         recommender = Recommender(
             catalog=view,
             semantic_ids=np.zeros((6, 2), np.uint8),

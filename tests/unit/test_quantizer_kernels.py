@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qbrec.quantizer.chunks import Alone, FixedPoint, Shard
-from qbrec.quantizer.kernels import choose as choosing
-from qbrec.quantizer.kernels.bfloat16 import Bfloat16
-from qbrec.quantizer.kernels.choose import candidates, choose, row_norms
-from qbrec.quantizer.kernels.gemm import TILE, Float32, Gemm, Kernel
-from qbrec.quantizer.kernels.pruned import Pruned, principal_directions
-from qbrec.quantizer.lloyd import lloyd
-from qbrec.quantizer.sums import add_by_code, move_rows
+from qbrec.quantizer.kmeans.chunks import Alone, FixedPoint, Shard
+from qbrec.quantizer.kmeans.kernels import choose as choosing
+from qbrec.quantizer.kmeans.kernels.bfloat16 import Bfloat16
+from qbrec.quantizer.kmeans.kernels.choose import candidates, choose, row_norms
+from qbrec.quantizer.kmeans.kernels.gemm import TILE, Float32, Gemm, Kernel
+from qbrec.quantizer.kmeans.kernels.pruned import Pruned, principal_directions
+from qbrec.quantizer.kmeans.lloyd import lloyd
+from qbrec.quantizer.kmeans.sums import add_by_code, move_rows
 from tests.support.clusters import clustered
 
 Maker = Callable[[Tensor, Tensor], Kernel]
@@ -86,8 +86,8 @@ def test_any_scale_and_exact_ties(seed: int, scale: float, integers: bool) -> No
 
 def test_compiled_loops_and_torch_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums and decisions are the same bits with and without numba."""
-    from qbrec.quantizer import sums
-    from qbrec.quantizer.kernels import gemm, native
+    from qbrec.quantizer.kmeans import sums
+    from qbrec.quantizer.kmeans.kernels import gemm, native
 
     x, codes = clustered(3000, 20), torch.arange(3000) % 9 - 1
     fixed = FixedPoint.of(3000, float(x.abs().max()))
@@ -161,7 +161,7 @@ def test_the_fused_kernel(num_codes: int, width: int, monkeypatch: pytest.Monkey
     if device == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="Triton is not installed: it comes with CUDA builds of torch")
-    from qbrec.quantizer.kernels.fused import Fused
+    from qbrec.quantizer.kmeans.kernels.fused import Fused
 
     x = clustered(400, width)
     centroids = torch.cat([x[:num_codes], x[:2]])

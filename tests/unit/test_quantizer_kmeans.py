@@ -12,21 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 
-from qbrec.quantizer.chunks import (
+from qbrec.quantizer.kmeans.chunks import (
     GRAIN,
     Alone,
     FixedPoint,
     Shard,
     gather_rows,
     split_rows,
-    standardisation,
+    standardise,
     stratified,
 )
-from qbrec.quantizer.kernels.gemm import row_argmax
-from qbrec.quantizer.kmeans import fit_kmeans
-from qbrec.quantizer.lloyd import assign, farthest_rows, lloyd
-from qbrec.quantizer.seeding import Seeding, plus_plus, seeds_of
-from qbrec.quantizer.sums import add_by_code, move_rows
+from qbrec.quantizer.kmeans.fit import fit_kmeans
+from qbrec.quantizer.kmeans.kernels.gemm import row_argmax
+from qbrec.quantizer.kmeans.lloyd import assign, farthest_rows, lloyd
+from qbrec.quantizer.kmeans.seeding import Seeding, plus_plus, seeds_of
+from qbrec.quantizer.kmeans.sums import add_by_code, move_rows
 from tests.support.clusters import clustered
 
 
@@ -216,11 +216,13 @@ def test_standardisation_equals_numpy() -> None:
     x = clustered(5000, 5) * torch.tensor([1.0, 100.0, 1e-3, 0.0, 1.0]) + torch.tensor(
         [0.0, 3.0, 0.0, 2.0, -9.0]
     )
-    mean, std = standardisation(Shard(x, 0, len(x)), Alone())
+    shard = Shard(x.clone(), 0, len(x))
+    mean, std = standardise(shard, Alone())
     np.testing.assert_allclose(mean, x.double().mean(0), rtol=1e-5, atol=1e-7)
     want = x.double().std(0, correction=0).numpy()
     want[3] = 1.0  # a dimension that does not vary is left as it is
     np.testing.assert_allclose(std, want, rtol=1e-5)
+    assert torch.equal(shard.x, (x - mean) / std)
 
 
 def test_gather_rows() -> None:

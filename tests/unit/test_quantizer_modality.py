@@ -14,7 +14,7 @@ from qbrec.config import RootConfig, parse_config
 from qbrec.engine.context import StageContext, sub_seed
 from qbrec.errors import ConfigError, DataError
 from qbrec.quantizer import stage
-from qbrec.quantizer.chunks import stratified
+from qbrec.quantizer.kmeans.chunks import stratified
 from qbrec.quantizer.modality import ModalityQuantizer, mean_tokens
 from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.ragged import Ragged

@@ -21,8 +21,8 @@ from qbrec.quantizer.autoencoder import (
     rotate,
     straight_through,
 )
-from qbrec.quantizer.chunks import Alone, Shard
-from qbrec.quantizer.kernels.gemm import TILE
+from qbrec.quantizer.kmeans.chunks import Alone, Shard
+from qbrec.quantizer.kmeans.kernels.gemm import TILE
 from qbrec.quantizer.quality import level_usage
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.rvq import encode, fit_levels

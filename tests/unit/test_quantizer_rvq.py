@@ -13,11 +13,11 @@ from torch import Tensor
 from qbrec.config.stages import QuantizerConfig
 from qbrec.errors import CheckpointError, ConfigError
 from qbrec.quantizer import greedy
-from qbrec.quantizer.chunks import Alone, Shard, batches, stratified
 from qbrec.quantizer.fit import FitMemory, fit_codebooks, held_out_error, resolve_levels, step_names
 from qbrec.quantizer.greedy import Greedy, PrunedGreedy, fastest_greedy
-from qbrec.quantizer.kernels.gemm import TILE
-from qbrec.quantizer.kernels.pruned import principal_directions
+from qbrec.quantizer.kmeans.chunks import Alone, Shard, batches, stratified
+from qbrec.quantizer.kmeans.kernels.gemm import TILE
+from qbrec.quantizer.kmeans.kernels.pruned import principal_directions
 from qbrec.quantizer.refine import RIDGE, MovingAverages, least_squares, revive
 from qbrec.quantizer.rvq import Codebooks, decode, encode, fit_levels, prefix_errors
 from tests.support.clusters import clustered

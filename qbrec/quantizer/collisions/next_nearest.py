@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qbrec.quantizer.collisions.seating import Table, Taken, seat
 from qbrec.quantizer.collisions.units import Buckets, Resolution, Units, contents_per_id, live_buckets
-from qbrec.quantizer.kernels.gemm import Gemm
+from qbrec.quantizer.kmeans.kernels.gemm import Gemm
 from qbrec.quantizer.packing import code_bits, code_dtype, pack
 
 Ints = NDArray[np.int64]

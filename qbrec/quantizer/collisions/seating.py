@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qbrec.quantizer.chunks import parallel
-from qbrec.quantizer.kernels.gemm import TILE
+from qbrec.quantizer.kmeans.chunks import parallel
+from qbrec.quantizer.kmeans.kernels.gemm import TILE
 from qbrec.quantizer.packing import lex_order, runs, sort_keys
 
 Ints = NDArray[np.int64]

@@ -20,7 +20,7 @@ from torch import Tensor
 from qbrec.quantizer.collisions.next_nearest import Residuals
 from qbrec.quantizer.collisions.seating import Table, Taken, cut, seat
 from qbrec.quantizer.collisions.units import Resolution, Units, live_buckets
-from qbrec.quantizer.kernels.gemm import TILE, Gemm
+from qbrec.quantizer.kmeans.kernels.gemm import TILE, Gemm
 from qbrec.quantizer.packing import code_bits, code_dtype, runs, sort_keys
 
 Ints = NDArray[np.int64]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.chunks import (
+from qbrec.quantizer.kmeans.chunks import (
     GRAIN,
     Collective,
     FixedPoint,
@@ -21,11 +21,11 @@ from qbrec.quantizer.chunks import (
     stratified,
     sum_of,
 )
-from qbrec.quantizer.kernels.choose import choose
-from qbrec.quantizer.kernels.gemm import Gemm
-from qbrec.quantizer.lloyd import KMeans, lloyd
-from qbrec.quantizer.seeding import Seeding, seeds_of
-from qbrec.quantizer.sums import add_by_code
+from qbrec.quantizer.kmeans.kernels.choose import choose
+from qbrec.quantizer.kmeans.kernels.gemm import Gemm
+from qbrec.quantizer.kmeans.lloyd import KMeans, lloyd
+from qbrec.quantizer.kmeans.seeding import Seeding, seeds_of
+from qbrec.quantizer.kmeans.sums import add_by_code
 
 Warmup = Literal["sample", "mini_batch"]
 
@@ -36,17 +36,32 @@ MIN_SEED_ROWS, MAX_SEED_ROWS = 4096, 131_072
 TOLERANCE = 2e-3  # Lloyd on the sample stops when an iteration gains less than this share of the inertia
 
 
+class KMeansOptions(TypedDict, total=False):
+    """How long and how a fit goes; what is left out has its default.
+
+    Attributes:
+        seeding: How the first centroids are drawn, see `seeding`; `plus_plus`.
+        warmup: `sample`: Lloyd on the sample. `mini_batch`: one pass of mini-batches over all rows instead.
+        iterations: Lloyd iterations on the sample, at most (see `TOLERANCE`); 20. With 0 and no full passes
+            the seeds stay as they are.
+        full_passes: Lloyd iterations over all rows after the sample or the mini-batches; 1.
+        max_sample: Upper limit of the sample, in rows over all ranks; 2^20.
+    """
+
+    seeding: Seeding
+    warmup: Warmup
+    iterations: int
+    full_passes: int
+    max_sample: int
+
+
 def fit_kmeans(
     shard: Shard,
     num_codes: int,
     *,
     comm: Collective,
     seed: int,
-    seeding: Seeding = "plus_plus",
-    warmup: Warmup = "sample",
-    iterations: int = 20,
-    full_passes: int = 1,
-    max_sample: int = 1_048_576,
+    **options: Unpack[KMeansOptions],
 ) -> KMeans:
     """Seed on a sample, run Lloyd on a sample of 128 rows per code, finish with passes over all rows.
 
@@ -57,13 +72,11 @@ def fit_kmeans(
         num_codes: K.
         comm: Process group.
         seed: Seeds sampling, seeding and the order of mini-batches.
-        seeding: How the first centroids are drawn, see `seeding`.
-        warmup: `sample`: Lloyd on the sample. `mini_batch`: one pass of mini-batches over all rows instead.
-        iterations: Lloyd iterations on the sample, at most (see `TOLERANCE`); 0 with no full passes leaves
-            the seeds as they are.
-        full_passes: Lloyd iterations over all rows after the sample or the mini-batches.
-        max_sample: Upper limit of the sample, in rows over all ranks.
+        **options: See `KMeansOptions`.
     """
+    seeding, warmup = options.get("seeding", "plus_plus"), options.get("warmup", "sample")
+    iterations, full_passes = options.get("iterations", 20), options.get("full_passes", 1)
+    max_sample = options.get("max_sample", 1_048_576)
     train = train_rows(shard, comm)
     bound = max_abs(shard, comm)
     small = len(train) <= min(max_sample, SMALL)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.kernels.gemm import TILE, UNIT, Gemm, Nearest, by_tiles, row_argmax
+from qbrec.quantizer.kmeans.kernels.gemm import TILE, UNIT, Gemm, Nearest, by_tiles, row_argmax
 
 SHARE = 0.35  # of the dimensions, at most this many directions: beyond it there is too little to save
 STEP = 8  # directions come in whole vectors
@@ -48,7 +48,7 @@ class Pruned:
 
     def bind(self, centroids: Tensor) -> Callable[[], Nearest]:
         """See `Kernel`."""
-        from qbrec.quantizer.kernels.native import settle
+        from qbrec.quantizer.kmeans.kernels.native import settle
 
         gemm = Gemm(centroids)
         head = centroids @ self.directions

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qbrec.quantizer.kernels.gemm import UNIT as FLOAT32_UNIT
-from qbrec.quantizer.kernels.gemm import Gemm, Nearest, tile_rows
+from qbrec.quantizer.kmeans.kernels.gemm import UNIT as FLOAT32_UNIT
+from qbrec.quantizer.kmeans.kernels.gemm import Gemm, Nearest, tile_rows
 
 ROWS, CODES, DIMS = 128, 64, 32  # of one tile in registers
 UNIT = 2.0**-11  # what rounding a factor to TF32 costs, relatively

@@ -20,8 +20,8 @@ from torch import Tensor
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
 from qbrec.errors import DataError
-from qbrec.quantizer.beside import Placed, Taken, place_beside
-from qbrec.quantizer.drift import drift_figures, encode_rows
+from qbrec.quantizer.append.beside import Placed, Taken, place_beside
+from qbrec.quantizer.append.drift import drift_figures, encode_rows
 from qbrec.quantizer.modality import ModalityQuantizer
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.rvq import residual_before

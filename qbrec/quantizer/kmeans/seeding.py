@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qbrec.quantizer.chunks import parallel
-from qbrec.quantizer.kernels.gemm import TILE
-from qbrec.quantizer.lloyd import assign
+from qbrec.quantizer.kmeans.chunks import parallel
+from qbrec.quantizer.kmeans.kernels.gemm import TILE
+from qbrec.quantizer.kmeans.lloyd import assign
 
 Seeding = Literal["parallel", "plus_plus", "random"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.kernels.gemm import Gemm, Nearest, by_tiles, row_argmax, tile_rows
+from qbrec.quantizer.kmeans.kernels.gemm import Gemm, Nearest, by_tiles, row_argmax, tile_rows
 
 UNIT = 2.0**-9  # what rounding to bfloat16 costs, relatively
 

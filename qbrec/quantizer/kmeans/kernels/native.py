@@ -1,18 +1,35 @@
-"""Loops over rows, compiled by numba; imported only where that is installed (`qbrec[fast]`)."""
+"""Loops over rows, compiled by numba on first use; the compiled code is kept beside this file."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Kernel = TypeVar("Kernel", bound=Callable[..., object])
 _ROUND = 1.5 * 2.0**52
 # Sums may be reordered, so that they are vectorised: every decision below allows for their error.
 _FAST = {"nnan", "ninf", "nsz", "contract", "reassoc"}
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+def compiled(function: Kernel, **options: Any) -> Kernel:
+    """`function` compiled, to run without the interpreter's lock; kept on disk where that can be written."""
+    try:
+        return numba.njit(function, nogil=True, cache=True, **options)  # type: ignore[no-any-return]
+    except RuntimeError:  # installed read-only and no home: each process compiles for itself, some seconds
+        return numba.njit(function, nogil=True, **options)  # type: ignore[no-any-return]
+
+
+def fast(function: Kernel) -> Kernel:
+    """`compiled`, with sums in any order."""
+    return compiled(function, fastmath=_FAST)
+
+
+@fast
 def settle(
     partial: Floats, x: Floats, tail: Floats, slack: Floats, centroids: Floats, half: Floats,
     centroid_tail: Floats, codes: NDArray[np.int32],
@@ -68,7 +85,7 @@ def settle(
         codes[r] = best_code
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def exact_nearest(x: Floats, centroids: Floats, codes: NDArray[np.int64]) -> int:
     """The nearest of some centroids to a row, in float64, the lowest on ties."""
     best, best_code = -np.inf, -1
@@ -82,7 +99,7 @@ def exact_nearest(x: Floats, centroids: Floats, codes: NDArray[np.int64]) -> int
     return best_code
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@fast
 def decide(scores: Floats, x: Floats, slack: Floats, centroids: Floats, codes: NDArray[np.int64]) -> None:
     """Code of the best exact score of each row.
 
@@ -111,7 +128,7 @@ def decide(scores: Floats, x: Floats, slack: Floats, centroids: Floats, codes: N
             codes[r] = exact_nearest(x[r], centroids, found[:n])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def move_rows(
     x: Floats, old: NDArray[np.int32], new: NDArray[np.int64], scale: float, total: NDArray[np.int64]
 ) -> None:
@@ -146,7 +163,7 @@ def move_rows(
             old[r] = new[r]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@fast
 def subtract(x: Floats, centroids: Floats, codes: NDArray[np.int64], norms: Floats) -> None:
     """Take from each row the centroid of its code, in place, and tell the lengths of what is left.
 

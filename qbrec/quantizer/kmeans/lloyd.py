@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.chunks import (
+from qbrec.quantizer.kmeans.chunks import (
     Collective,
     FixedPoint,
     Shard,
     parallel,
     sum_of,
 )
-from qbrec.quantizer.kernels.choose import row_norms
-from qbrec.quantizer.kernels.gemm import Float32, Kernel, native_loops, tile_rows
-from qbrec.quantizer.sums import distances, move_rows, sum_of_squares
+from qbrec.quantizer.kmeans.kernels.choose import row_norms
+from qbrec.quantizer.kmeans.kernels.gemm import Float32, Kernel, native_loops, tile_rows
+from qbrec.quantizer.kmeans.sums import distances, move_rows, sum_of_squares
 
 SPARE = 256  # candidates beyond the clusters to be re-seeded: equal rows are chosen once
 EXTRA = 8  # further iterations while re-seeded clusters still have to find their members

@@ -23,7 +23,7 @@ def native_loops(rows: int) -> ModuleType | None:
     loaded = sys.modules.get(f"{__package__}.native")
     if loaded is not None or rows < NATIVE_ROWS or not _has_numba():
         return loaded
-    from qbrec.quantizer.kernels import native
+    from qbrec.quantizer.kmeans.kernels import native
 
     return native
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.kernels.bfloat16 import Bfloat16
-from qbrec.quantizer.kernels.gemm import TILE, Float32, Kernel
-from qbrec.quantizer.kernels.pruned import Pruned, principal_directions
+from qbrec.quantizer.kmeans.kernels.bfloat16 import Bfloat16
+from qbrec.quantizer.kmeans.kernels.gemm import TILE, Float32, Kernel
+from qbrec.quantizer.kmeans.kernels.pruned import Pruned, principal_directions
 
 Maker = Callable[[Tensor, Tensor], Kernel]  # of rows [n, D] and their lengths [n]
 
@@ -43,7 +43,7 @@ def candidates(device: torch.device, *, sample: Tensor) -> dict[str, Maker]:
     if device.type == "cuda":
         found["bfloat16"] = Bfloat16
         if importlib.util.find_spec("triton") is not None:
-            from qbrec.quantizer.kernels.fused import Fused
+            from qbrec.quantizer.kmeans.kernels.fused import Fused
 
             found["fused"] = Fused
     elif device.type == "cpu":

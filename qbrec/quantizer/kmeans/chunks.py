@@ -172,32 +172,47 @@ def max_abs(shard: Shard, comm: Collective) -> float:
     return float(top)
 
 
-def standardisation(shard: Shard, comm: Collective) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per dimension over all rows, the same bits on any partition.
+def standardise(shard: Shard, comm: Collective, *, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Give every dimension mean 0 and deviation 1, in place.
+
+    Args:
+        shard: This rank's rows.
+        comm: Process group.
+        rows: Those that count, bool [n]; the others become 0. None: all.
 
     Returns:
-        float32 [D] each; a dimension that does not vary has deviation 1.
+        Mean and deviation float32 [D], the same bits on any partition; a dimension that does not vary has
+        deviation 1.
     """
-    bound = max_abs(shard, comm)
+    x, bound = shard.x, max_abs(shard, comm)
+    present = torch.ones(len(x), dtype=torch.bool, device=x.device) if rows is None else rows
+    count = int(comm.all_reduce(present.sum().reshape(1)))
 
-    def total(of: Callable[[Tensor], Tensor], limit: float) -> Tensor:
-        fixed = FixedPoint.of(shard.total, limit)
+    def mean_of(centre: Tensor | None, limit: float) -> Tensor:
+        fixed = FixedPoint.of(count, limit)
 
         def body(grains: range) -> Tensor:
-            out = torch.zeros(shard.x.shape[1], dtype=torch.int64, device=shard.x.device)
+            out = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
             for g in grains:
-                out += fixed.encode(of(shard.x[shard.grain(g)].double()).sum(0))
+                have = x[shard.grain(g)].double()
+                if centre is not None:
+                    have = (have - centre) ** 2
+                out += fixed.encode((have * present[shard.grain(g), None]).sum(0))
             return out
 
-        sums = sum_of(parallel(shard.num_grains, body, device=shard.x.device))
+        sums = sum_of(parallel(shard.num_grains, body, device=x.device))
         comm.all_reduce(sums)
-        return fixed.decode(sums)
+        return fixed.decode(sums) / max(count, 1)
 
-    mean = total(lambda x: x, bound) / shard.total
-    variance = total(lambda x: (x - mean) ** 2, (2 * bound) ** 2) / shard.total
-    std = variance.sqrt()
+    mean = mean_of(None, bound)
+    std = mean_of(mean, (2 * bound) ** 2).sqrt()
     flat = std <= 1e-7 * max(bound, 1e-30)
-    return mean.float(), torch.where(flat, torch.ones_like(std), std).float()
+    narrow = mean.float(), torch.where(flat, torch.ones_like(std), std).float()
+    x -= narrow[0]
+    x /= narrow[1]
+    if rows is not None:
+        x[~rows] = 0
+    return narrow
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:

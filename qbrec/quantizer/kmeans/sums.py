@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.chunks import Collective, FixedPoint, Shard, parallel, sum_of
-from qbrec.quantizer.kernels.gemm import TILE, native_loops
+from qbrec.quantizer.kmeans.chunks import Collective, FixedPoint, Shard, parallel, sum_of
+from qbrec.quantizer.kmeans.kernels.gemm import TILE, native_loops
 
 
 def add_by_code(x: Tensor, codes: Tensor, num_codes: int, fixed: FixedPoint) -> Tensor:
