@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qbrec.quantizer.greedy import take_off
+from qbrec.quantizer.encoders import descend, take_off
 from qbrec.quantizer.kmeans.chunks import (
     GRAIN,
     Collective,
@@ -254,14 +254,16 @@ def revive(shard: Shard, books: Codebooks, *, comm: Collective) -> Codebooks:
     Returns:
         New codebooks; codes stay unused only where a level has fewer different residuals than codes.
     """
+    ids = encode(shard.x, books)
+    unused = _unused(shard, ids, books.sizes, comm)
+    first = next((level for level, codes in enumerate(unused) if len(codes)), len(unused))
+    if first == len(unused):
+        return books
     residual, levels = shard.x.clone(), list(books.levels)
     for level in range(len(levels)):
+        codes = ids[:, level] if level <= first else assign(residual, levels[level])
         for _ in range(REVIVALS):
-            codes = assign(residual, levels[level])
-            kept = codes if shard.train is None else codes[shard.train]
-            counts = torch.bincount(kept, minlength=len(levels[level]))
-            comm.all_reduce(counts)
-            dead = (counts == 0).nonzero().squeeze(1)
+            (dead,) = _unused(shard, codes[:, None], (len(levels[level]),), comm)
             if not len(dead):
                 break
             gaps = distances(residual, codes, levels[level])
@@ -270,5 +272,13 @@ def revive(shard: Shard, books: Codebooks, *, comm: Collective) -> Codebooks:
             seeds = farthest_rows(shard.rows(), residual, gaps, count=len(dead), comm=comm)
             levels[level] = levels[level].clone()
             levels[level][dead[: len(seeds)]] = seeds
-        residual -= levels[level][assign(residual, levels[level])]
+            codes = assign(residual, levels[level])
+        descend(residual, levels[level], codes)
     return Codebooks(tuple(levels))
+
+
+def _unused(shard: Shard, codes: Tensor, sizes: Sequence[int], comm: Collective) -> list[Tensor]:
+    """Codes of each level that no row of any rank has: int64 [n, L] -> L times int64."""
+    kept = codes if shard.train is None else codes[shard.train]
+    counts = [torch.bincount(kept[:, level], minlength=size) for level, size in enumerate(sizes)]
+    return [(comm.all_reduce(count) == 0).nonzero().squeeze(1) for count in counts]

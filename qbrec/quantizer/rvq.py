@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qbrec.quantizer.greedy import fastest_greedy
+from qbrec.quantizer.encoders import Beam, Greedy, descend
 from qbrec.quantizer.kmeans.chunks import Collective, FixedPoint, Shard, max_abs, parallel, sum_of
 from qbrec.quantizer.kmeans.fit import KMeansOptions, fit_kmeans
-from qbrec.quantizer.kmeans.kernels.gemm import Gemm, native_loops, row_argmax, tile_rows
-from qbrec.quantizer.kmeans.lloyd import KMeans, assign
+from qbrec.quantizer.kmeans.kernels.gemm import native_loops, tile_rows
+from qbrec.quantizer.kmeans.lloyd import KMeans
 
 
 @dataclass(frozen=True)
@@ -35,48 +35,6 @@ class Codebooks:
         return sum(float(level.abs().max()) for level in self.levels)
 
 
-class Beam:
-    """Codes of tiles of rows (`tile_rows`): so many partial IDs are kept per level, the best whole one wins.
-
-    It owns buffers: one object per thread.
-
-    Args:
-        books: Codebooks.
-        beam: Partial IDs kept per level.
-    """
-
-    def __init__(self, books: Codebooks, *, beam: int) -> None:
-        self.books, self.beam = books, beam
-        self.gemms = [Gemm(level) for level in books.levels]
-        # Inner products between the codes of every two levels: a beam never touches a residual.
-        self.inner = {
-            (i, j): books.levels[i] @ books.levels[j].t() for j in range(len(books.levels)) for i in range(j)
-        }
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """float32 [b, D] -> int64 [b, L]."""
-        # |x - sum_l c_l|^2 = |x|^2 - 2 s with s = sum_l (x.c_l - |c_l|^2 / 2) - sum_{i<j} c_i.c_j: maximise
-        # s.
-        best = torch.zeros(len(x), 1, dtype=torch.float32, device=x.device)
-        codes = torch.empty(len(x), 1, 0, dtype=torch.int64, device=x.device)
-        for j, gemm in enumerate(self.gemms):
-            scores = best[:, :, None] + gemm.scores(x)[:, None, :]  # [b, beam, K]
-            for i in range(j):
-                scores -= self.inner[i, j][codes[:, :, i]]
-            flat = scores.flatten(1)
-            picks, values = [], []
-            for _ in range(min(self.beam, flat.shape[1])):
-                pick = row_argmax(flat)[:, None]
-                picks.append(pick)
-                values.append(flat.gather(1, pick))
-                flat.scatter_(1, pick, -torch.inf)
-            pick, best = torch.cat(picks, 1), torch.cat(values, 1)
-            size = len(self.books.levels[j])
-            parent = (pick // size)[:, :, None].expand(-1, -1, j)
-            codes = torch.cat([codes.gather(1, parent), (pick % size)[:, :, None]], 2)
-        return codes[:, 0]
-
-
 def encode(x: Tensor, books: Codebooks, *, beam: int = 1) -> Tensor:
     """Codes of every row.
 
@@ -93,13 +51,8 @@ def encode(x: Tensor, books: Codebooks, *, beam: int = 1) -> Tensor:
     size = tile_rows(x.device)
     native_loops(len(x))  # loaded where the rows are many
 
-    def make_beam() -> Beam:
-        return Beam(books, beam=beam)
-
-    make = make_beam if beam > 1 else fastest_greedy(x, books.levels)
-
     def body(tiles: range) -> None:
-        encoder = make()
+        encoder = Beam(books.levels, beam=beam) if beam > 1 else Greedy(books.levels)
         for t in tiles:
             rows = slice(t * size, (t + 1) * size)
             out[rows] = encoder(x[rows])
@@ -164,7 +117,7 @@ def fit_levels(
             on_level(level, result)
         levels.append(codebook)
         if level + 1 < len(sizes):
-            residual -= codebook[assign(residual, codebook)]
+            descend(residual, codebook)
     return Codebooks(tuple(levels))
 
 

@@ -16,7 +16,7 @@ from qbrec.quantizer.kmeans.kernels import choose as choosing
 from qbrec.quantizer.kmeans.kernels.bfloat16 import Bfloat16
 from qbrec.quantizer.kmeans.kernels.choose import candidates, choose, row_norms
 from qbrec.quantizer.kmeans.kernels.gemm import TILE, Float32, Gemm, Kernel
-from qbrec.quantizer.kmeans.kernels.pruned import Pruned, principal_directions
+from qbrec.quantizer.kmeans.kernels.pruned import Pruned, leading_directions
 from qbrec.quantizer.kmeans.lloyd import lloyd
 from qbrec.quantizer.kmeans.sums import add_by_code, move_rows
 from tests.support.clusters import clustered
@@ -25,9 +25,8 @@ Maker = Callable[[Tensor, Tensor], Kernel]
 
 
 def _pruned(x: Tensor, norms: Tensor) -> Kernel:
-    directions = principal_directions(x)
-    assert directions is not None
-    return Pruned(x, norms, directions)
+    directions = torch.linalg.qr(x.T @ x).Q  # any: they decide what it costs, not what comes out
+    return Pruned(x, norms, directions[:, : x.shape[1] // 3].contiguous())
 
 
 KERNELS: dict[str, Maker] = {"float32": Float32, "bfloat16": Bfloat16, "pruned": _pruned}
@@ -143,15 +142,21 @@ def test_candidates_are_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> No
     x = clustered(2 * TILE, 32)
     monkeypatch.setattr(choosing, "WORTH", 1)
     kernel = choose(x, x[:16], passes=2, sample=x)
-    assert kernel.name in candidates(x.device, sample=x)
+    assert kernel.name in candidates(x.device, sample=x, centroids=x[:16])
     assert torch.equal(codes_of(kernel, x[:16], len(x)), brute(x, x[:16]))
 
 
-def test_few_dimensions_are_not_pruned() -> None:
-    assert principal_directions(clustered(100, 8)) is None
-    directions = principal_directions(clustered(100, 64))
+def test_as_many_directions_as_pay() -> None:
+    x = clustered(2000, 64)
+    x[:, 16:] *= 0.01
+    directions = leading_directions(x, x[:100])
     assert directions is not None
-    assert directions.shape == (64, 24)
+    assert directions.shape in {(64, 8), (64, 16)}
+    assert torch.allclose(directions.T @ directions, torch.eye(directions.shape[1]), atol=1e-5)
+    assert float((x @ directions).square().sum() / x.square().sum()) > 0.7
+    alike = torch.nn.functional.normalize(torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)))
+    assert leading_directions(alike, alike[:100]) is None, "no direction says more than another"
+    assert leading_directions(x[:, :8], x[:100, :8]) is None
 
 
 @pytest.mark.parametrize(("num_codes", "width"), [(1, 8), (3, 32), (70, 48), (300, 20)])

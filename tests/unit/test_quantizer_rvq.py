@@ -12,12 +12,8 @@ from torch import Tensor
 
 from qbrec.config.stages import QuantizerConfig
 from qbrec.errors import CheckpointError, ConfigError
-from qbrec.quantizer import greedy
 from qbrec.quantizer.fit import FitMemory, fit_codebooks, held_out_error, resolve_levels, step_names
-from qbrec.quantizer.greedy import Greedy, PrunedGreedy, fastest_greedy
 from qbrec.quantizer.kmeans.chunks import Alone, Shard, batches, stratified
-from qbrec.quantizer.kmeans.kernels.gemm import TILE
-from qbrec.quantizer.kmeans.kernels.pruned import principal_directions
 from qbrec.quantizer.refine import RIDGE, MovingAverages, least_squares, revive
 from qbrec.quantizer.rvq import Codebooks, decode, encode, fit_levels, prefix_errors
 from tests.support.clusters import clustered
@@ -209,24 +205,3 @@ def test_auto_levels(items: int, want: int) -> None:
 def test_impossible_levels_are_refused(levels: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_levels(levels, num_items=400, num_train=400)
-
-
-def test_the_pruned_encoder_gives_the_same_codes() -> None:
-    x = clustered(2000, 48)
-    levels = [x[:70] * 0.8, x[100:133] * 0.4, torch.cat([x[200:210], x[200:205]]) * 0.2]
-    directions = principal_directions(x)
-    assert directions is not None
-    plain, pruned = Greedy(levels), PrunedGreedy(levels, directions)
-    for tile in x.split(TILE):
-        assert torch.equal(plain(tile), pruned(tile))
-
-
-def test_the_faster_encoder_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = clustered(3000, 48)
-    levels, times = [x[:20]], {"Greedy": 1.0, "PrunedGreedy": 2.0}
-    monkeypatch.setattr(greedy, "_seconds", lambda encode, tiles: times[type(encode).__name__])
-    assert isinstance(fastest_greedy(x, levels)(), Greedy)
-    monkeypatch.setattr(greedy, "WORTH", 1)
-    assert isinstance(fastest_greedy(x, levels)(), Greedy)
-    times["PrunedGreedy"] = 0.5
-    assert isinstance(fastest_greedy(x, levels)(), PrunedGreedy)

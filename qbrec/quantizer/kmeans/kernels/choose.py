@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qbrec.quantizer.kmeans.kernels.bfloat16 import Bfloat16
 from qbrec.quantizer.kmeans.kernels.gemm import TILE, Float32, Kernel
-from qbrec.quantizer.kmeans.kernels.pruned import Pruned, principal_directions
+from qbrec.quantizer.kmeans.kernels.pruned import Pruned, leading_directions
 
 Maker = Callable[[Tensor, Tensor], Kernel]  # of rows [n, D] and their lengths [n]
 
@@ -32,12 +32,13 @@ def row_norms(x: Tensor) -> Tensor:
     return out
 
 
-def candidates(device: torch.device, *, sample: Tensor) -> dict[str, Maker]:
+def candidates(device: torch.device, *, sample: Tensor, centroids: Tensor) -> dict[str, Maker]:
     """Kernels that can run on a device, the reference first.
 
     Args:
         device: Where the rows are.
         sample: Rows float32 [m, D] whose principal directions speak for all.
+        centroids: float32 [K, D] about as they will be.
     """
     found: dict[str, Maker] = {"float32": Float32}
     if device.type == "cuda":
@@ -50,7 +51,7 @@ def candidates(device: torch.device, *, sample: Tensor) -> dict[str, Maker]:
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             found["bfloat16"] = Bfloat16
         if importlib.util.find_spec("numba") is not None:
-            directions = principal_directions(sample)
+            directions = leading_directions(sample, centroids)
             if directions is not None:
                 found["pruned"] = lambda x, norms: Pruned(x, norms, directions)
     return found
@@ -68,9 +69,11 @@ def choose(x: Tensor, centroids: Tensor, *, passes: int, sample: Tensor) -> Kern
     norms = row_norms(x)
     if len(x) * passes * len(centroids) < WORTH * 256:
         return Float32(x, norms)
-    makers = candidates(x.device, sample=sample)
     if passes > 1:
         centroids = _settled(centroids, sample)
+    makers = candidates(x.device, sample=sample, centroids=centroids)
+    if len(makers) == 1:
+        return Float32(x, norms)
     probe, lengths = x[:PROBE], norms[:PROBE]
     seconds = {name: _seconds(make, probe, lengths, centroids, passes) for name, make in makers.items()}
     return makers[min(seconds, key=lambda name: seconds[name])](x, norms)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-TILE = 1024  # rows of one GEMM on a CPU: scores of 256 codes stay in the L2 cache
+TILE = 2048  # rows of one GEMM on a CPU: scores of 256 codes stay in the L2 cache
 GPU_TILE = 16_384  # on a GPU, which needs more of them to be busy
 NATIVE_ROWS = 100_000  # from here on compiled loops are worth being loaded
 UNIT = 2.0**-24  # half the spacing of float32 at 1: what one rounding costs

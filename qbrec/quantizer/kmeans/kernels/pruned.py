@@ -20,8 +20,10 @@ from torch import Tensor
 
 from qbrec.quantizer.kmeans.kernels.gemm import TILE, UNIT, Gemm, Nearest, by_tiles, row_argmax
 
-SHARE = 0.35  # of the dimensions, at most this many directions: beyond it there is too little to save
 STEP = 8  # directions come in whole vectors
+DOT = 4  # what a multiplication costs in a dot product beside one in a GEMM
+WORTHWHILE = 0.85  # of the full GEMM's cost: what bounds may cost at most
+PROBED = 2**17  # scores looked at when directions are counted
 
 
 class Pruned:
@@ -112,17 +114,49 @@ def length_outside(norms: Tensor, head: Tensor, *, width: int) -> Tensor:
     return bound
 
 
-def principal_directions(sample: Tensor, *, share: float = SHARE) -> Tensor | None:
-    """Leading principal directions (about the origin) of a sample, float32 [D, d₁]; None: D is too small.
+def leading_directions(sample: Tensor, centroids: Tensor) -> Tensor | None:
+    """Principal directions (about the origin) of a sample, as many as are worth a GEMM.
 
     Args:
         sample: float32 [m, D].
-        share: d₁ / D, rounded up to whole vectors.
+        centroids: float32 [K, D], about as they will be.
+
+    Returns:
+        Orthonormal columns, best first, float32 [D, d₁]; None: bounds would save nothing.
     """
     width = sample.shape[1]
-    count = -(-int(width * share) // STEP) * STEP
-    if not 0 < count < width:
-        return None
     _, vectors = torch.linalg.eigh((sample.double().t() @ sample.double()).cpu())
-    leading: Tensor = vectors.flip(1)[:, :count]
-    return leading.float().contiguous()
+    vectors = vectors.flip(1).float().contiguous()
+    rows = sample[:: max(1, len(sample) * len(centroids) // PROBED)]
+    count = _cheapest(rows @ vectors, centroids @ vectors)
+    return vectors[:, :count].contiguous() if count < width else None
+
+
+def _cheapest(rows: Tensor, codes: Tensor) -> int:
+    """Leading dimensions of the GEMM that make it and the dot products left over the cheapest.
+
+    Args:
+        rows: float32 [m, D] along the principal directions.
+        codes: float32 [K, D] likewise.
+
+    Returns:
+        From `STEP` up, or D: the full GEMM is cheaper.
+    """
+    num_codes, width = codes.shape
+    minus_half = -0.5 * (codes * codes).sum(1)
+    best = torch.addmm(minus_half, rows, codes.t()).amax(1)
+    scores = minus_half.repeat(len(rows), 1)
+    row_rest, code_rest = (rows * rows).sum(1), (codes * codes).sum(1)
+    cost, count = WORTHWHILE * width * num_codes, width
+    for d in range(STEP, width, STEP):
+        if d * num_codes >= cost:
+            break
+        part = slice(d - STEP, d)
+        scores.addmm_(rows[:, part], codes[:, part].t())
+        row_rest = (row_rest - (rows[:, part] ** 2).sum(1)).clamp(min=0)
+        code_rest = (code_rest - (codes[:, part] ** 2).sum(1)).clamp(min=0)
+        bounds = torch.addr(scores, row_rest.sqrt(), code_rest.sqrt())
+        left = float((bounds >= best[:, None]).sum()) / len(rows)
+        if d * num_codes + DOT * width * left < cost:
+            cost, count = d * num_codes + DOT * width * left, d
+    return count
