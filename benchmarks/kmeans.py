@@ -83,7 +83,7 @@ def warm_up(x: np.ndarray) -> None:
     from qbrec.quantizer.kmeans.lloyd import lloyd
 
     few = torch.from_numpy(np.array(x[: NATIVE_ROWS + 1]))
-    for make in choosing.candidates(few.device, sample=few[:4096], centroids=few[:256]).values():
+    for make in choosing.candidates(few.device, sample=few[:4096], centroids=few[:256], passes=2).values():
         kernel = make(few, choosing.row_norms(few))
         lloyd(Shard(few, 0, len(few)), few[:16], comm=Alone(), iterations=1, bound=1.0, kernel=kernel)
 

@@ -58,7 +58,7 @@ def descend(residual: Tensor, codebook: Tensor, codes: Tensor | None = None) -> 
 
 
 class Beam:
-    """Codes of tiles of rows (`tile_rows`): so many partial IDs are kept per level, the best whole one wins.
+    """Codes of tiles of rows: so many partial IDs are kept per level, the best whole one wins.
 
     It owns buffers: one object per thread.
 
@@ -69,9 +69,14 @@ class Beam:
 
     def __init__(self, levels: Levels, *, beam: int) -> None:
         self.levels, self.beam = levels, beam
-        self.gemms = [Gemm(level) for level in levels]
+        self.gemms = [Gemm(level, rows=self.tile_rows(levels[0].device)) for level in levels]
         # Inner products between the codes of every two levels: a beam never touches a residual.
         self.inner = {(i, j): levels[i] @ levels[j].t() for j in range(len(levels)) for i in range(j)}
+
+    @staticmethod
+    def tile_rows(device: torch.device) -> int:
+        """Rows of a tile: the scores of all partial IDs stay in the cache."""
+        return tile_rows(device) // 2
 
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [b, D] -> int64 [b, L]."""

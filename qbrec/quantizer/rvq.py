@@ -48,7 +48,7 @@ def encode(x: Tensor, books: Codebooks, *, beam: int = 1) -> Tensor:
     """
     out = torch.empty(len(x), len(books.levels), dtype=torch.int64, device=x.device)
 
-    size = tile_rows(x.device)
+    size = Beam.tile_rows(x.device) if beam > 1 else tile_rows(x.device)
     native_loops(len(x))  # loaded where the rows are many
 
     def body(tiles: range) -> None:

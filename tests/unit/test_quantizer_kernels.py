@@ -142,7 +142,7 @@ def test_candidates_are_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> No
     x = clustered(2 * TILE, 32)
     monkeypatch.setattr(choosing, "WORTH", 1)
     kernel = choose(x, x[:16], passes=2, sample=x)
-    assert kernel.name in candidates(x.device, sample=x, centroids=x[:16])
+    assert kernel.name in candidates(x.device, sample=x, centroids=x[:16], passes=2)
     assert torch.equal(codes_of(kernel, x[:16], len(x)), brute(x, x[:16]))
 
 

@@ -19,7 +19,7 @@ from qbrec.quantizer.kmeans.kernels.pruned import Pruned, leading_directions
 Maker = Callable[[Tensor, Tensor], Kernel]  # of rows [n, D] and their lengths [n]
 
 WORTH = 2_000_000  # rows × passes × codes / 256 from which measuring costs less than it finds
-PROBE = 4 * TILE  # rows of one measurement
+PROBE = 2 * TILE  # rows of one measurement
 ROUNDS = 3
 SETTLING = 2  # Lloyd iterations on the sample before kernels are measured
 
@@ -32,13 +32,14 @@ def row_norms(x: Tensor) -> Tensor:
     return out
 
 
-def candidates(device: torch.device, *, sample: Tensor, centroids: Tensor) -> dict[str, Maker]:
+def candidates(device: torch.device, *, sample: Tensor, centroids: Tensor, passes: int) -> dict[str, Maker]:
     """Kernels that can run on a device, the reference first.
 
     Args:
         device: Where the rows are.
         sample: Rows float32 [m, D] whose principal directions speak for all.
         centroids: float32 [K, D] about as they will be.
+        passes: How often all rows will be assigned; bounds need an earlier pass to start from.
     """
     found: dict[str, Maker] = {"float32": Float32}
     if device.type == "cuda":
@@ -50,7 +51,7 @@ def candidates(device: torch.device, *, sample: Tensor, centroids: Tensor) -> di
     elif device.type == "cpu":
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             found["bfloat16"] = Bfloat16
-        if importlib.util.find_spec("numba") is not None:
+        if passes > 1 and importlib.util.find_spec("numba") is not None:
             directions = leading_directions(sample, centroids)
             if directions is not None:
                 found["pruned"] = lambda x, norms: Pruned(x, norms, directions)
@@ -71,7 +72,7 @@ def choose(x: Tensor, centroids: Tensor, *, passes: int, sample: Tensor) -> Kern
         return Float32(x, norms)
     if passes > 1:
         centroids = _settled(centroids, sample)
-    makers = candidates(x.device, sample=sample, centroids=centroids)
+    makers = candidates(x.device, sample=sample, centroids=centroids, passes=passes)
     if len(makers) == 1:
         return Float32(x, norms)
     probe, lengths = x[:PROBE], norms[:PROBE]

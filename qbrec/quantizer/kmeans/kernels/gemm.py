@@ -64,15 +64,16 @@ class Gemm:
 
     Args:
         centroids: float32 [K, D].
+        rows: Rows of a tile; None: `tile_rows`.
     """
 
-    def __init__(self, centroids: Tensor) -> None:
+    def __init__(self, centroids: Tensor, *, rows: int | None = None) -> None:
         self.centroids = centroids
         self.columns = centroids.t().contiguous()
         half = 0.5 * (centroids.double() ** 2).sum(1)
         self.minus_half_norms = (-half).float()
         self.largest = float((2 * half.max()).sqrt()) if len(half) else 0.0
-        size = tile_rows(centroids.device)
+        size = rows or tile_rows(centroids.device)
         self._tile = torch.zeros(size, centroids.shape[1], dtype=torch.float32, device=centroids.device)
         self._scores = torch.empty(size, len(centroids), dtype=torch.float32, device=centroids.device)
 

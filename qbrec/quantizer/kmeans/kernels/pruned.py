@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qbrec.quantizer.kmeans.chunks import parallel
 from qbrec.quantizer.kmeans.kernels.gemm import TILE, UNIT, Gemm, Nearest, by_tiles, row_argmax
 
 STEP = 8  # directions come in whole vectors
@@ -43,10 +44,14 @@ class Pruned:
         self.head = torch.empty(len(x), directions.shape[1], dtype=torch.float32)
         self.tail = torch.empty(len(x), dtype=torch.float32)
         self.guess = torch.full((len(x),), -1, dtype=torch.int32)
-        for start in range(0, len(x), TILE):
-            rows = slice(start, start + TILE)
-            torch.mm(x[rows], directions, out=self.head[rows])
-            self.tail[rows] = length_outside(norms[rows], self.head[rows], width=x.shape[1])
+
+        def body(tiles: range) -> None:
+            for t in tiles:
+                rows = slice(t * TILE, (t + 1) * TILE)
+                torch.mm(x[rows], directions, out=self.head[rows])
+                self.tail[rows] = length_outside(norms[rows], self.head[rows], width=x.shape[1])
+
+        parallel(-(-len(x) // TILE), body, device=x.device)
 
     def bind(self, centroids: Tensor) -> Callable[[], Nearest]:
         """See `Kernel`."""
