@@ -47,11 +47,10 @@ class Appended:
 
 @dataclass(frozen=True)
 class _Noted:
-    """A generation in run.json: the entry itself, and the artifacts it names."""
+    """A generation in run.json: the entry itself, the generation, and what there is of its IDs."""
 
     entry: dict[str, Any]
     generation: Artifact
-    fused: Artifact | None
     ids: Artifact | None
 
 
@@ -133,7 +132,7 @@ def bring_to_models(
     inputs, ids = {"catalog": catalog}, dict[str, Artifact]()
     for number, one in enumerate(noted, 1):
         inputs[f"{GENERATION}-{number}"] = one.generation
-        fused = one.fused
+        fused = _what_is_there(store, one.entry.get("fused"))
         wanted = {**inputs, "fusion": fusion}
         if fused is None or fused.inputs != _prints(wanted):
             fused = _make(config, record, store, FUSED_KIND, "qbrec.fusion.append:run", {}, wanted)
@@ -210,16 +209,20 @@ def _generation(
 
 def _noted(record: RunRecord, store: ArtifactStore, catalog: Artifact) -> list[_Noted]:
     """The generations that run.json names, as far as they belong to this catalogue."""
-
-    def named(place: dict[str, str] | None) -> Artifact | None:
-        return None if place is None else store.open(place["path"])
-
     found = []
     for entry in record.extra.get("generations", []):
         generation = store.open(entry["path"])
         if current_generations(catalog, [generation]):
-            found.append(_Noted(entry, generation, named(entry.get("fused")), named(entry.get("ids"))))
+            found.append(_Noted(entry, generation, _what_is_there(store, entry.get("ids"))))
     return found
+
+
+def _what_is_there(store: ArtifactStore, place: dict[str, str] | None) -> Artifact | None:
+    """An artifact that can be made again, unless it is gone or its manifest cannot be read."""
+    try:
+        return None if place is None else store.open(place["path"])
+    except DataError:
+        return None
 
 
 def _models(record: RunRecord, store: ArtifactStore, catalog: Artifact) -> tuple[Artifact, Artifact] | str:

@@ -74,13 +74,13 @@ def _ranking(config: RootConfig) -> dict[str, Any]:
 
 def _dump(section: Any) -> dict[str, Any]:
     # When a loop writes checkpoints and how many it keeps changes nothing of what it learns.
-    tree: dict[str, Any] = section.model_dump(mode="json")
-    for name in ("train", "pretrain", "finetune"):
-        if isinstance(tree.get(name), dict):
-            tree[name] = {
-                k: v for k, v in tree[name].items() if k not in ("checkpoint_every", "keep_checkpoints")
-            }
-    return tree
+    def without(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {k: without(v) for k, v in tree.items() if k not in ("checkpoint_every", "keep_checkpoints")}
+
+    kept: dict[str, Any] = without(section.model_dump(mode="json"))
+    return kept
 
 
 STAGES: dict[str, Stage] = {

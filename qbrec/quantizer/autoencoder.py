@@ -47,20 +47,24 @@ def _perceptron(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-@torch.no_grad()
 def _by_tiles(layers: nn.Module, x: Tensor) -> Tensor:
     size = tile_rows(x.device)
     parts: list[Tensor] = [torch.empty(0)] * -(-len(x) // size)
 
     def body(tiles: range) -> None:
-        for t in tiles:
-            rows = x[t * size : (t + 1) * size]
-            # The same shape for every GEMM: a kernel for a short tail may round differently.
-            padded = nn.functional.pad(rows, (0, 0, 0, size - len(rows)))
-            parts[t] = layers(padded)[: len(rows)]
+        with torch.no_grad():  # here: what holds in the caller's thread does not hold in this one
+            for t in tiles:
+                rows = x[t * size : (t + 1) * size]
+                # The same shape for every GEMM: a kernel for a short tail may round differently.
+                padded = nn.functional.pad(rows, (0, 0, 0, size - len(rows)))
+                parts[t] = layers(padded)[: len(rows)]
 
     parallel(len(parts), body, device=x.device)
-    return torch.cat(parts) if parts else layers(x)
+    if parts:
+        return torch.cat(parts)
+    with torch.no_grad():
+        empty: Tensor = layers(x)
+    return empty
 
 
 class Reconstruction(nn.Module):

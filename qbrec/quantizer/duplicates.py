@@ -44,5 +44,9 @@ def _texts(codes: NDArray[Any]) -> Any:
     def token(name: str, column: NDArray[Any]) -> Sequence[Any]:
         return f"<{name}_", pc.cast(pa.array(column), pa.string()), ">"
 
-    parts = [part for name, column in zip(LEVELS, codes.T, strict=False) for part in token(name, column)]
+    parts = [
+        part
+        for name, column in zip(LEVELS[: codes.shape[1]], codes.T, strict=True)
+        for part in token(name, column)
+    ]
     return pc.binary_join_element_wise(*parts, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ Report = Callable[[str, dict[str, float]], None]
 
 
 def resolve_levels(
-    levels: Literal["auto"] | tuple[int, ...], *, num_items: int, num_train: int
+    levels: Literal["auto"] | tuple[int, ...], *, num_items: int, num_train: int, further: int = 0
 ) -> tuple[int, ...]:
     """Codes per level.
 
@@ -39,6 +40,7 @@ def resolve_levels(
         levels: From the configuration.
         num_items: N.
         num_train: Items that the fit sees.
+        further: Levels that collisions will add.
 
     Raises:
         ConfigError: An ID does not fit into 63 bits, or a level has more codes than there are items to fit.
@@ -48,11 +50,11 @@ def resolve_levels(
             return (2048,) * 4
         return (min(256, 1 << max(1, (num_items // ITEMS_PER_CODE).bit_length() - 1)),) * 4
     code_bits(levels)
-    if len(levels) > MAX_LEVELS:
+    if len(levels) + further > MAX_LEVELS:
         raise ConfigError(
-            f"{len(levels)} levels are more than the letters of `<a_12><b_7>`",
+            f"{len(levels) + further} levels are more than the letters of `<a_12><b_7>`",
             where="quantizer.levels",
-            fix=f"use at most {MAX_LEVELS} levels",
+            fix=f"use at most {MAX_LEVELS - further} levels",
         )
     if max(levels) > num_train:
         raise ConfigError(
@@ -173,7 +175,9 @@ def fit_saved_levels(
     def on_level(level: int, result: KMeans) -> None:
         if memory:
             memory.save(names[level], [result.centroids])
-        figures = {"inertia": result.inertia, "iterations": result.iterations, "reseeded": result.reseeded}
+        figures: dict[str, float] = {"iterations": result.iterations, "reseeded": result.reseeded}
+        if math.isfinite(result.inertia):  # nothing was measured where no pass went over all rows
+            figures["inertia"] = result.inertia
         report(names[level], figures)
 
     return fit_levels(

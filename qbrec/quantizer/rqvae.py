@@ -132,6 +132,9 @@ def reconstruction_error(
     return error / max(count, 1)
 
 
+PIECE = 65_536  # rows of one float64 temporary
+
+
 def rqvae_steps(num_levels: int) -> list[str]:
     """Every step that `fit_rqvae` reports, in order."""
     return ["warm-up", *(f"level-{level}" for level in range(num_levels)), "revive", "train", "fit-again"]
@@ -155,10 +158,14 @@ def prefix_errors_through(
     x, picked = shard.x, codes
     if held_out and shard.train is not None:
         x, picked = x[~shard.train], codes[~shard.train]
-    sums = [_sum(ctx, shard.total, x.double().square().sum(1))[0]]
-    for depth in range(1, codes.shape[1] + 1):
-        again = quantizer.standardised(decode(picked[:, :depth], quantizer.books))
-        sums.append(_sum(ctx, shard.total, (x - again).double().square().sum(1))[0])
+    errors = torch.empty(codes.shape[1] + 1, len(x), dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), PIECE):
+        rows = slice(start, start + PIECE)
+        errors[0, rows] = x[rows].double().square().sum(1)
+        for depth in range(1, len(errors)):
+            again = quantizer.standardised(decode(picked[rows, :depth], quantizer.books))
+            errors[depth, rows] = (x[rows] - again).double().square().sum(1)
+    sums = [_sum(ctx, shard.total, values)[0] for values in errors]
     return torch.tensor(sums, dtype=torch.float64)
 
 

@@ -66,7 +66,12 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
             fix="run the fusion stage on this catalogue",
         )
     shard, standard = load_shard(ctx, blocks, held_out=cfg.held_out)
-    sizes = resolve_levels(cfg.levels, num_items=total, num_train=total - int(total * cfg.held_out))
+    sizes = resolve_levels(
+        cfg.levels,
+        num_items=total,
+        num_train=total - int(total * cfg.held_out),
+        further=1 if cfg.collisions == "digit" else 0,
+    )
     plans = plan_modalities(cfg, inputs["catalog"], shard, comm=ctx, first_size=sizes[0])
     through = cfg.method == "rqvae"
     fitting = rqvae_steps(len(sizes)) if through else step_names(cfg, len(sizes))

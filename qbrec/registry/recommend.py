@@ -133,10 +133,18 @@ class Recommender:
             keep_seen: Also recommend what the history holds.
 
         Raises:
-            DataError: A history is empty or names an item that the catalogue does not have.
+            DataError: A history is empty or names an item that the catalogue does not have; or every item is
+                retired or has no semantic ID yet.
             ConfigError: k is below 1 or above the number of items of the domain.
         """
         rows = [self._rows(history, position=i) for i, history in enumerate(histories)]
+        if not self.num_candidates:
+            raise DataError(
+                f"the domain {self.domain!r} has nothing to recommend: {self.num_waiting:,} items wait for "
+                "semantic IDs, all others are retired",
+                where=self.domain,
+                fix="append items, or end the run with `qbrec run`, which gives the waiting ones their IDs",
+            )
         if not 1 <= k <= self.num_candidates:
             raise ConfigError(
                 f"k is {k}, but the domain {self.domain!r} has {self.num_candidates:,} items",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -408,6 +409,9 @@ def test_new_items_are_recommended_and_retired_ones_never(
     (items,) = waiting.recommend([["late1", "i5"]], k=len(expected))
     assert {item["item_id"] for item in items} == expected - {"i5"}
     assert (recommender.num_waiting, waiting.num_waiting) == (0, 3)
+    waiting.num_candidates = 0  # as if everything else were retired
+    with pytest.raises(DataError, match="nothing to recommend: 3 items wait"):
+        waiting.recommend([["i5"]])
     with pytest.raises(DataError, match="unknown item id 'late9'"):
         waiting.recommend([["late9"]])
     with pytest.raises(DataError, match="not trained on the domain 'garden'"):
@@ -559,6 +563,22 @@ def test_a_run_catches_up_and_does_nothing_twice(root: Path, grown: dict[str, Ar
     assert (digests(root / "artifacts"), run.noted()) == (state, noted)
     found = with_generations(run.config, {name: grown[name] for name in ("catalog", "quantizer")})
     assert {name for name in found if "-" in name} == GENERATION_PARTS
+
+
+@pytest.mark.parametrize("lost", ["fused", "ids"])
+def test_what_the_models_made_is_made_again_where_it_is_gone(
+    root: Path, grown: dict[str, Artifact], lost: str
+) -> None:
+    run = Noted(root, grown)
+    before, _ = run.bring()
+    codes = IdTable(grown["quantizer"], before).codes
+    shutil.rmtree(run.noted()[1][lost]["path"])
+    found = with_generations(run.config, {name: grown[name] for name in ("catalog", "quantizer")})
+    assert ("ids-3" in found) == (lost == "fused"), "the intermediate is not needed to read the IDs"
+    again, missing = run.bring()
+    assert missing == ""
+    assert Path(run.noted()[1][lost]["path"]).is_dir()
+    np.testing.assert_array_equal(IdTable(grown["quantizer"], again).codes, codes)
 
 
 def test_another_quantizer_gives_other_ids(root: Path, trained: dict[str, Artifact]) -> None:

@@ -376,6 +376,22 @@ def test_equal_content_stays_together() -> None:
     assert (got.moved, got.unresolved) == (4, 0)
 
 
+def test_the_last_id_of_63_bits_is_resolved_as_any_other() -> None:
+    codes = np.full((4, 7), 511, dtype=np.uint16)
+    codes[3] = 0
+    got = next_nearest(
+        codes,
+        (512,) * 7,
+        group=np.arange(4),
+        popularity=np.zeros(4, np.int64),
+        capacity=1,
+        last_level=torch.arange(512.0)[:, None],
+        residuals=lambda rows: torch.full((len(rows), 1), 511.0),
+    )
+    assert sorted(got.codes[:3, -1].tolist()) == [509, 510, 511]
+    assert (got.moved, got.unresolved) == (2, 0)
+
+
 def test_a_full_prefix_is_counted_as_unresolved() -> None:
     got = next_nearest(
         np.zeros((5, 2), dtype=np.uint8),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 
+from qbrec.quantizer.kmeans import lloyd as lloyd_module
 from qbrec.quantizer.kmeans.chunks import (
     GRAIN,
     Alone,
@@ -23,6 +24,7 @@ from qbrec.quantizer.kmeans.chunks import (
     stratified,
 )
 from qbrec.quantizer.kmeans.fit import fit_kmeans
+from qbrec.quantizer.kmeans.kernels import gemm
 from qbrec.quantizer.kmeans.kernels.gemm import row_argmax
 from qbrec.quantizer.kmeans.lloyd import assign, farthest_rows, lloyd
 from qbrec.quantizer.kmeans.seeding import Seeding, plus_plus, seeds_of
@@ -76,6 +78,29 @@ def test_seeding_with_fewer_points_than_codes(num_codes: int, method: Seeding) -
     assert method == "random" or len(seeds.unique(dim=0)) == 3
 
 
+def test_a_round_that_draws_nothing_is_no_end() -> None:
+    x = clustered(300, 4)
+    for seed in range(40):
+        assert len(seeds_of(x, 1, method="parallel", seed=seed)) == 1
+
+
+def test_rows_as_near_to_every_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "EXACT_NUMBERS", 100)
+    x, centroids = torch.zeros(500, 6), torch.ones(40, 6)
+    assert (assign(x, centroids) == 0).all()
+
+
+def test_inertia_does_not_depend_on_the_number_of_threads() -> None:
+    draw = torch.Generator().manual_seed(0)
+    sums, counts = torch.randn(512, 128, generator=draw).double(), torch.arange(512)
+    centroids, threads, found = torch.randn(512, 128, generator=draw), torch.get_num_threads(), set()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.add(lloyd_module._inertia(1e6, sums, counts, centroids))
+    torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
 def test_a_heavy_point_is_drawn_and_a_point_of_no_weight_never() -> None:
     x = torch.arange(20.0)[:, None]
     weights = np.zeros(20, dtype=np.int64)
@@ -115,6 +140,9 @@ def test_sample_and_full_passes() -> None:
     sampled = fit_kmeans(shard, 16, comm=Alone(), seed=0, iterations=5, full_passes=0, max_sample=2000)
     full = fit_kmeans(shard, 16, comm=Alone(), seed=0, iterations=5, full_passes=3, max_sample=2000)
     assert full.iterations == sampled.iterations + 3
+    seeds = fit_kmeans(shard, 16, comm=Alone(), seed=0, iterations=0, full_passes=0)
+    assert fit_kmeans(shard, 16, comm=Alone(), seed=0, iterations=0, full_passes=2).iterations == 2
+    assert seeds.iterations == 0
     assert _inertia(x, full.centroids) < _inertia(x, sampled.centroids)
 
 

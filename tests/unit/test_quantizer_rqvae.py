@@ -120,6 +120,16 @@ def test_latents_do_not_depend_on_the_number_of_threads() -> None:
     assert torch.equal(network.encode(x[:5]), both[0][:5])
 
 
+def test_encoding_keeps_no_graph() -> None:
+    network, recorded = AutoEncoder(24, hidden=(16,), latent=8), []
+    network.encoder.register_forward_hook(lambda *_: recorded.append(torch.is_grad_enabled()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    network.encode(torch.randn(3 * TILE, 24))
+    torch.set_num_threads(threads)
+    assert recorded == [False] * 3
+
+
 def test_reloaded_it_gives_the_codes_of_the_table(artifact: Artifact, inputs: dict[str, Artifact]) -> None:
     quantizer = Quantizer.load(artifact)
     assert quantizer.network is not None

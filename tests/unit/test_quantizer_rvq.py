@@ -205,3 +205,9 @@ def test_auto_levels(items: int, want: int) -> None:
 def test_impossible_levels_are_refused(levels: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_levels(levels, num_items=400, num_train=400)
+
+
+def test_a_digit_needs_a_letter_as_well() -> None:
+    assert len(resolve_levels((2,) * 26, num_items=400, num_train=400)) == 26
+    with pytest.raises(ConfigError, match="27 levels"):
+        resolve_levels((2,) * 26, num_items=400, num_train=400, further=1)

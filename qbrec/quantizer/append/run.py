@@ -58,7 +58,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     blocks = BlockSet.open(fused, "fused") if count else None
     vectors = _new_vectors(blocks, first, count, width=len(quantizer.mean))
     new = encode_rows(quantizer, vectors)
-    reference = encode_rows(quantizer, fused.load_npy("reference.fused.npy"))
+    reference = encode_rows(quantizer, _finite(fused.load_npy("reference.fused.npy"), fused))
     drift = drift_figures(new, reference, max_drift=config.quantizer.quality.max_drift)
     raw = new[0]
 
@@ -100,6 +100,18 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         "drift": drift,
     }
     return ctx.commit(writer, meta=meta, inputs=inputs)
+
+
+def _finite(reference: NDArray[np.float16], fused: Artifact) -> NDArray[np.float16]:
+    """The rows of the reference that can be measured against."""
+    kept = reference[np.isfinite(reference).all(1)]
+    if not len(kept):
+        raise DataError(
+            "no item of the catalogue has a finite vector when fused as an appended one",
+            where=str(fused.path),
+            fix="train the run anew with compute.precision=float32",
+        )
+    return kept
 
 
 def contents(view: GenerationsView) -> Ints:

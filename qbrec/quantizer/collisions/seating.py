@@ -125,7 +125,7 @@ class _Room:
     def of(cls, prefixes: Ints, bits: int, num_codes: int, capacity: int, taken: Taken) -> _Room:
         # Few IDs of a prefix are taken at first: only those are touched.
         low = np.searchsorted(taken.id, prefixes << bits)
-        count = np.searchsorted(taken.id, (prefixes + 1) << bits) - low
+        count = np.searchsorted(taken.id, (prefixes << bits) | ((1 << bits) - 1), side="right") - low
         slot = np.repeat(np.arange(len(prefixes)), count)
         near = low[slot] + np.arange(len(slot)) - np.repeat(np.cumsum(count) - count, count)
         code = taken.id[near] & ((1 << bits) - 1)

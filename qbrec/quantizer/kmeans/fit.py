@@ -93,7 +93,7 @@ def fit_kmeans(
         centroids = mini_batches(shard, centroids, comm=comm, seed=seed + 3, bound=bound)
         first = KMeans(centroids, float("nan"), 1, 0)
     elif len(chosen) == len(train):
-        full_passes = iterations
+        full_passes = max(iterations, full_passes)
         first = KMeans(centroids, float("nan"), 0, 0)
     elif iterations:
         sample = gather_rows(shard, chosen, comm)

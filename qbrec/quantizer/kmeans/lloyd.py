@@ -163,8 +163,13 @@ def lloyd(
 
 def _inertia(squares: float, sums: Tensor, counts: Tensor, centroids: Tensor) -> float:
     """Mean squared distance to the centroid, from what is known of the clusters."""
-    c = centroids.double()
-    away = squares - 2 * float((sums * c).sum()) + float((counts * (c * c).sum(1)).sum())
+
+    def away_from(_: range) -> float:
+        c = centroids.double()
+        return squares - 2 * float((sums * c).sum()) + float((counts * (c * c).sum(1)).sum())
+
+    # One worker: the order of the sums does not depend on the number of threads.
+    (away,) = parallel(1, away_from, device=centroids.device)
     return max(away, 0.0) / max(int(counts.sum()), 1)
 
 

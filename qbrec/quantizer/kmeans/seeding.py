@@ -61,6 +61,8 @@ def k_means_parallel(points: Tensor, num_codes: int, *, seed: int) -> Tensor:
     gaps = torch.full((len(points),), torch.inf, device=points.device)
     fresh = chosen
     for _ in range(OVERSAMPLING_ROUNDS):
+        if not len(fresh):
+            continue  # the last round drew nothing; this one may
         _nearer(gaps, points, points[torch.from_numpy(fresh).to(points.device)])
         gaps[torch.from_numpy(fresh).to(points.device)] = 0
         mass = gaps.cpu().numpy().astype(np.float64)

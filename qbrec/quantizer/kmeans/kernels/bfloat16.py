@@ -31,8 +31,8 @@ class Bfloat16:
 
         def make() -> Nearest:
             gemm = Gemm(centroids)
-            # Rounded factors and a rounded result: 3 roundings of |x| |c| each, for two scores (+ what the
-            # float32 sums inside lose, which the last factor covers).
+            # Rounded factors and a rounded result: 3 roundings of |x| |c| each, for two scores (the last
+            # factor covers their products); the slack of the float32 sums comes on top.
             scale = 2 * 3 * UNIT * gemm.largest * 1.01
 
             def tile(rows: slice) -> Tensor:
@@ -41,7 +41,8 @@ class Bfloat16:
                 codes = row_argmax(scores)
                 best = scores.gather(1, codes[:, None]).squeeze(1)
                 scores.scatter_(1, codes[:, None], -torch.inf)
-                open_rows = (scores.amax(1) >= best - self.norms[rows] * scale).nonzero().squeeze(1)
+                slack = self.norms[rows] * scale + gemm.slack(self.norms[rows])
+                open_rows = (scores.amax(1) >= best - slack).nonzero().squeeze(1)
                 if len(open_rows):
                     codes[open_rows] = gemm.nearest(self.x[rows][open_rows], self.norms[rows][open_rows])
                 return codes

@@ -49,7 +49,7 @@ def candidates(device: torch.device, *, sample: Tensor, centroids: Tensor, passe
 
             found["fused"] = Fused
     elif device.type == "cpu":
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             found["bfloat16"] = Bfloat16
         if passes > 1 and importlib.util.find_spec("numba") is not None:
             directions = leading_directions(sample, centroids)

@@ -15,6 +15,7 @@ from torch import Tensor
 TILE = 2048  # rows of one GEMM on a CPU: scores of 256 codes stay in the L2 cache
 GPU_TILE = 16_384  # on a GPU, which needs more of them to be busy
 NATIVE_ROWS = 100_000  # from here on compiled loops are worth being loaded
+EXACT_NUMBERS = 2**20  # float64 numbers of one temporary
 UNIT = 2.0**-24  # half the spacing of float32 at 1: what one rounding costs
 
 
@@ -146,9 +147,13 @@ def exact_nearest(x: Tensor, centroids: Tensor, allowed: Tensor) -> Tensor:
         int64 [b].
     """
     row, code = allowed.nonzero(as_tuple=True)
-    c = centroids[code].double()
-    # A product and a sum, not a GEMM: equal centroids must give equal scores.
-    exact = (c * (x[row].double() - 0.5 * c)).sum(1)
+    exact = torch.empty(len(row), dtype=torch.float64, device=x.device)
+    size = max(1, EXACT_NUMBERS // x.shape[1])  # where all codes are equal, every pair is here
+    for start in range(0, len(row), size):
+        pairs = slice(start, start + size)
+        c = centroids[code[pairs]].double()
+        # A product and a sum, not a GEMM: equal centroids must give equal scores.
+        exact[pairs] = (c * (x[row[pairs]].double() - 0.5 * c)).sum(1)
     best = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     best.scatter_reduce_(0, row, exact, "amax")
     wins = exact == best[row]
