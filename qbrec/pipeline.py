@@ -108,6 +108,10 @@ class Pipeline:
             self.record.save()
             if stage.name == "catalog":
                 self.tracker.dataset(found)
+        if stage.gate is not None:
+            from qbrec.engine.worker import entry_point
+
+            entry_point(stage.gate)(found, self.config)
 
     def _run(self, stage: Stage, key: str, inputs: dict[str, Artifact]) -> Artifact:
         from qbrec.engine.launch import launch

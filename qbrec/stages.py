@@ -23,6 +23,9 @@ class Stage:
         inputs: Stages whose artifacts it reads.
         recipe: What of the configuration shapes its result.
         distributed: Runs on all workers; otherwise once, on the driver.
+        gate: `module:function` called with (artifact, configuration), just made or made earlier, before
+            anything is made of it: it raises GateError. What only the gate reads is no part of the recipe, so
+            that other thresholds cost nothing.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Stage:
     inputs: tuple[str, ...]
     recipe: Callable[[RootConfig], dict[str, Any]]
     distributed: bool = True
+    gate: str | None = None
 
     def key(self, config: RootConfig, *, inputs: Mapping[str, Artifact], sources: str) -> str:
         """Key of the artifact this stage would write."""
@@ -43,6 +47,12 @@ def _catalog(config: RootConfig) -> dict[str, Any]:
         "domains": list(config.data.domains),
         "target": config.data.target_domain,
     }
+
+
+def _quantizer(config: RootConfig) -> dict[str, Any]:
+    tree = _dump(config.quantizer)
+    del tree["quality"]
+    return {"quantizer": tree}
 
 
 def _pretrain(config: RootConfig) -> dict[str, Any]:
@@ -92,7 +102,8 @@ STAGES: dict[str, Stage] = {
             "quantizer",
             "qbrec.quantizer.stage:run",
             ("catalog", "fusion"),
-            lambda c: {"quantizer": _dump(c.quantizer)},
+            _quantizer,
+            gate="qbrec.quantizer.stage:gate",
         ),
         Stage("pretrain", "qbrec.sequence.stage:pretrain", ("catalog", "quantizer"), _pretrain),
         Stage("finetune", "qbrec.sequence.stage:finetune", ("catalog", "quantizer", "pretrain"), _finetune),

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -78,8 +79,7 @@ def run_order(order: Order, *, alone: bool = False) -> str:
         progress_file=shown,
     )
     inputs = {name: store.open(path) for name, path in order["inputs"].items()}
-    module, function = order["entry"].split(":")
-    artifact = getattr(importlib.import_module(module), function)(ctx, config, inputs)
+    artifact = entry_point(order["entry"])(ctx, config, inputs)
     return str(artifact.path)
 
 
@@ -127,3 +127,10 @@ def save_error(order: Order, error: QbrecError) -> None:
 def error_file(order: Order) -> Path:
     """Where `save_error` leaves the error of a stage."""
     return Path(order["run_dir"]) / "errors" / f"{order['stage']}.json"
+
+
+def entry_point(name: str) -> Callable[..., Any]:
+    """The function of `module:function`."""
+    module, function = name.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from qbrec.config.root import RootConfig
-from qbrec.config.stages import QuantizerConfig
 from qbrec.engine.context import StageContext
 from qbrec.errors import DataError
 from qbrec.quantizer.assess import assess, summary
@@ -54,7 +53,6 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     Raises:
         ConfigError: Levels that cannot be fitted or packed, or a modality the catalogue does not have.
         DataError: A fused vector is not finite, or the inputs do not belong together.
-        GateError: The codebook has collapsed, or too many items share an ID.
     """
     cfg = config.quantizer
     blocks, catalog = BlockSet.open(inputs["fusion"], "fused"), CatalogView(inputs["catalog"])
@@ -130,7 +128,6 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         write_duplicates(writer, ids, group=np.asarray(catalog.duplicate_group))
         writer.save_json("labels.json", _labels(ctx, ids, final, catalog))
         writer.save_json("quality.json", quality)
-    _gate_everywhere(ctx, quality, cfg)
     progress.update(1, step="written")
     progress.close()
     meta = {
@@ -155,7 +152,10 @@ def _labels(
     return make_labels(ids[rows], sizes, catalog.titles(rows), catalog.categories(rows))
 
 
-def _gate_everywhere(ctx: StageContext, quality: dict[str, Any], cfg: QuantizerConfig) -> None:
-    # Rank 0 knows the figures; every rank must stop with the same error.
-    document = ctx.broadcast_json(quality)
-    check_gate(document, cfg.quality)
+def gate(artifact: Artifact, config: RootConfig) -> None:
+    """Refuse semantic IDs on which nothing should be trained.
+
+    Raises:
+        GateError: The codebook has collapsed, or too many items share an ID; see `quality.check_gate`.
+    """
+    check_gate(artifact.load_json("quality.json"), config.quantizer.quality)

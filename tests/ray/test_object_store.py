@@ -12,8 +12,9 @@ import pytest
 from qbrec.catalog import stage as catalog_stage
 from qbrec.catalog.synth import SyntheticSummary, generate
 from qbrec.config import RootConfig, parse_config
+from qbrec.config.stages import QualityConfig, QuantizerConfig
 from qbrec.engine.context import StageContext
-from qbrec.errors import DataError
+from qbrec.errors import DataError, GateError
 from qbrec.pipeline import Pipeline, finished_artifacts
 from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.filesystem import filesystem
@@ -113,6 +114,25 @@ def test_another_machine_reuses_what_the_remote_home_has(
     with Pipeline(first) as pipeline:
         assert pipeline.up_to("quantizer").fingerprint == quantizer.fingerprint
     assert not [path for method, path in s3.requests if method in ("PUT", "POST")]
+
+
+def test_a_gate_stops_the_road_and_another_threshold_costs_nothing(
+    shop: SyntheticSummary, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put(shop, str(tmp_path / "in"))
+    config = configure(str(tmp_path / "in"), storage=str(tmp_path / "storage"))
+    strict = config.model_copy(
+        update={"quantizer": QuantizerConfig(quality=QualityConfig(min_perplexity=1e6))}
+    )
+    for _ in range(2):  # what was made is as bad the second time
+        with pytest.raises(GateError, match="min_perplexity"), Pipeline(strict) as pipeline:
+            pipeline.up_to("pretrain")
+        assert "pretrain" not in pipeline.artifacts
+    renamed = config.model_copy(update={"run": config.run.model_copy(update={"name": "again"})})
+    capfd.readouterr()
+    with Pipeline(renamed) as pipeline:
+        pipeline.up_to("quantizer")
+    assert capfd.readouterr().err.count("up to date") == 3
 
 
 def test_an_upload_that_failed_is_made_up_for(shop: SyntheticSummary, s3: FaultProxy, tmp_path: Path) -> None:
