@@ -20,9 +20,9 @@ from qbrec.quantizer.kmeans.chunks import (
     parallel,
     sum_of,
 )
-from qbrec.quantizer.kmeans.kernels.gemm import TILE, Gemm, native_loops
+from qbrec.quantizer.kmeans.kernels.gemm import Gemm, native_loops
 from qbrec.quantizer.kmeans.lloyd import assign, farthest_rows
-from qbrec.quantizer.kmeans.sums import distances, move_rows
+from qbrec.quantizer.kmeans.sums import add_rows, distances
 from qbrec.quantizer.rvq import Codebooks, decode, encode
 
 DECAY = 0.9  # of the moving averages, per batch
@@ -92,16 +92,15 @@ class MovingAverages:
         edges = np.cumsum([0, *books.sizes])
 
         def body(indices: range) -> Tensor:
-            nearest = [Gemm(level) for level in self.levels]
+            nearest = [Gemm(level, rows=GRAIN) for level in self.levels]
             acc = torch.zeros(int(edges[-1]), width + 1, dtype=torch.int64, device=device)
             for i in indices:
                 rows = self.shard.grain(local[i])
                 residual = self.shard.x[rows].clone()
                 for level, codebook in enumerate(self.levels):
-                    codes = _assign_grain(nearest[level], residual)
+                    codes = nearest[level].nearest(residual)
                     seen = codes if self.shard.train is None else codes.where(self.shard.train[rows], -1)
-                    nowhere = torch.full_like(codes, -1, dtype=torch.int32)
-                    move_rows(acc[edges[level] : edges[level + 1]], residual, nowhere, seen, fixed)
+                    add_rows(acc[edges[level] : edges[level + 1]], residual, seen, fixed)
                     take_off(residual, codebook, codes)
             return acc
 
@@ -127,13 +126,13 @@ class MovingAverages:
         local, width, device = self._local(batch), self.shard.x.shape[1], self.shard.x.device
 
         def body(indices: range) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-            nearest = [Gemm(codebook) for codebook in self.levels[: level + 1]]
+            nearest = [Gemm(codebook, rows=GRAIN) for codebook in self.levels[: level + 1]]
             out = []
             for i in indices:
                 at, residual = self._train_rows(local[i])
                 for upper in range(level):
-                    residual -= self.levels[upper][_assign_grain(nearest[upper], residual)]
-                left = residual - self.levels[level][_assign_grain(nearest[level], residual)]
+                    residual -= self.levels[upper][nearest[upper].nearest(residual)]
+                left = residual - self.levels[level][nearest[level].nearest(residual)]
                 out.append((i, at, residual, (left * left).sum(1)))
             return out
 
@@ -148,10 +147,6 @@ class MovingAverages:
         self.levels[level][dead] = seeds
         self.counts[level][dead] = 2 * floor
         self.sums[level][dead] = seeds.double() * 2 * floor
-
-
-def _assign_grain(gemm: Gemm, x: Tensor) -> Tensor:
-    return torch.cat([gemm.nearest(tile) for tile in x.split(TILE)])
 
 
 def least_squares(shard: Shard, books: Codebooks, *, comm: Collective, beam: int = 1) -> Codebooks:
@@ -205,9 +200,7 @@ def _errors_by_code(
             rows = shard.grain(g)
             left = shard.x[rows] - decode(codes[rows], books)
             for level in range(len(books.levels)):
-                nowhere = torch.full((len(left),), -1, dtype=torch.int32, device=left.device)
-                part = acc[edges[level] : edges[level + 1]]
-                move_rows(part, left, nowhere, kept[rows, level].contiguous(), fixed)
+                add_rows(acc[edges[level] : edges[level + 1]], left, kept[rows, level].contiguous(), fixed)
         return acc
 
     acc = sum_of(parallel(shard.num_grains, body, device=shard.x.device))

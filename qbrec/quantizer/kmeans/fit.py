@@ -143,14 +143,12 @@ def mini_batches(shard: Shard, centroids: Tensor, *, comm: Collective, seed: int
         local = [int(g) - first for g in batch if first <= g < first + shard.num_grains]
 
         def body(indices: range, now: Tensor = centroids, local: list[int] = local) -> Tensor:
-            gemm = Gemm(now)
+            gemm = Gemm(now, rows=GRAIN)
             acc = torch.zeros(num_codes, width + 1, dtype=torch.int64, device=now.device)
             for i in indices:
                 rows = shard.grain(local[i])
                 x = shard.x[rows] if shard.train is None else shard.x[rows][shard.train[rows]]
-                acc += add_by_code(
-                    x, torch.cat([gemm.nearest(t) for t in x.split(GRAIN // 2)]), num_codes, fixed
-                )
+                acc += add_by_code(x, gemm.nearest(x), num_codes, fixed)
             return acc
 
         total = sum_of(parallel(len(local), body, device=shard.x.device))

@@ -26,9 +26,13 @@ def add_by_code(x: Tensor, codes: Tensor, num_codes: int, fixed: FixedPoint) -> 
         int64 [K, D + 1]; the last column counts.
     """
     out = torch.zeros(num_codes, x.shape[1] + 1, dtype=torch.int64, device=x.device)
-    nowhere = torch.full_like(codes, -1, dtype=torch.int32)
-    move_rows(out, x, nowhere, codes, fixed)
+    add_rows(out, x, codes, fixed)
     return out
+
+
+def add_rows(total: Tensor, x: Tensor, codes: Tensor, fixed: FixedPoint) -> None:
+    """`add_by_code` into sums that are there, in place: int64 [K, D + 1]."""
+    move_rows(total, x, torch.full_like(codes, -1, dtype=torch.int32), codes, fixed)
 
 
 def move_rows(total: Tensor, x: Tensor, old: Tensor, new: Tensor, fixed: FixedPoint) -> None:
