@@ -20,6 +20,7 @@ from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.ragged import Ragged
 from qbrec.storage.token_table import token_table
 from tests.support.clusters import clustered
+from tests.support.dying import Killed, die_at_report
 from tests.support.modality_inputs import some_features, with_features
 from tests.support.quantizer_inputs import quantizer_inputs
 
@@ -193,19 +194,7 @@ def test_what_cannot_be_is_refused_before_anything_is_fitted(
 def test_a_killed_run_goes_on_with_the_same_bits(
     folder: Path, inputs: dict[str, Artifact], artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(Exception):
-        pass
-
-    log = StageContext.log_metrics
-    seen: list[str] = []
-
-    def dying(self: StageContext, step: int, metrics: dict[str, float]) -> None:
-        seen.append(next(iter(metrics)).split("/")[0])
-        if len(seen) == 5:
-            raise Killed
-        log(self, step, metrics)
-
-    monkeypatch.setattr(StageContext, "log_metrics", dying)
+    seen = die_at_report(monkeypatch, 5)
     with pytest.raises(Killed):
         _run(folder, inputs, "killed", **BOTH)
     again = _run(folder, inputs, "killed", **BOTH)

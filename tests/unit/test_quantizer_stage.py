@@ -19,6 +19,7 @@ from qbrec.quantizer.packing import pack
 from qbrec.quantizer.rvq import Codebooks, encode
 from qbrec.storage.artifact import Artifact, ArtifactStore
 from tests.support.clusters import clustered
+from tests.support.dying import Killed, die_at_report
 from tests.support.quantizer_inputs import quantizer_inputs
 
 ITEMS = 2500
@@ -164,19 +165,7 @@ def test_bad_input_is_named(folder: Path) -> None:
 def test_a_killed_run_resumes_with_the_same_bits(
     folder: Path, inputs: dict[str, Artifact], artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(Exception):
-        pass
-
-    log = StageContext.log_metrics
-    seen: list[str] = []
-
-    def dying(self: StageContext, step: int, metrics: dict[str, float]) -> None:
-        seen.append(next(iter(metrics)).split("/")[0])
-        if len(seen) == 2:
-            raise Killed
-        log(self, step, metrics)
-
-    monkeypatch.setattr(StageContext, "log_metrics", dying)
+    seen = die_at_report(monkeypatch, 2)
     with pytest.raises(Killed):
         _run(folder, inputs, "killed")
     again = _run(folder, inputs, "killed")

@@ -29,6 +29,18 @@ def fast(function: Kernel) -> Kernel:
     return compiled(function, fastmath=_FAST)
 
 
+@compiled
+def gather_flagged(flags: NDArray[np.uint8], words: NDArray[np.uint64], found: NDArray[np.int64]) -> int:
+    """Write the places of the flags that are 1 to `found` and tell how many; `words` are the flags by eights."""
+    n = 0
+    for w in range(len(words)):
+        if words[w] != 0:
+            for k in range(8 * w, 8 * w + 8):
+                found[n] = k
+                n += flags[k]
+    return n
+
+
 @fast
 def settle(
     partial: Floats, x: Floats, tail: Floats, slack: Floats, centroids: Floats, half: Floats,
@@ -62,12 +74,7 @@ def settle(
         for k in range(num_codes):
             flags[k] = partial[r, k] + reach * centroid_tail[k] >= floor
         flags[guess] = 0
-        n = 0
-        for w in range(len(words)):
-            if words[w] != 0:
-                for k in range(8 * w, 8 * w + 8):
-                    found[n] = k
-                    n += flags[k]
+        n = gather_flagged(flags, words, found)
         for i in range(n):
             k = found[i]
             dot = np.float32(0)
@@ -118,12 +125,7 @@ def decide(scores: Floats, x: Floats, slack: Floats, centroids: Floats, codes: N
         floor = scores[r, codes[r]] - slack[r]
         for k in range(num_codes):
             flags[k] = scores[r, k] >= floor
-        n = 0
-        for w in range(len(words)):
-            if words[w] != 0:
-                for k in range(8 * w, 8 * w + 8):
-                    found[n] = k
-                    n += flags[k]
+        n = gather_flagged(flags, words, found)
         if n > 1:
             codes[r] = exact_nearest(x[r], centroids, found[:n])
 
