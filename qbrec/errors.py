@@ -16,6 +16,7 @@ class QbrecError(Exception):
     """
 
     exit_code = 1
+    retry = False  # whether the same workers, started again, may succeed; a user's mistake stays one
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix
@@ -60,6 +61,19 @@ class LaunchError(QbrecError):
     """Workers or the cluster could not be started, or were lost for good."""
 
     exit_code = 5
+
+
+class Preempted(LaunchError):
+    """The run was asked to stop (SIGTERM, a node that is taken away) and did, with nothing lost."""
+
+    exit_code = 143  # 128 + SIGTERM: what schedulers take for "stopped as I asked", not for a failure
+    retry = True
+
+
+class CollectiveError(LaunchError):
+    """A collective failed: a rank stalled, or its connection was lost."""
+
+    retry = True
 
 
 class RegistryError(QbrecError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qbrec.config.base import Section
 
@@ -144,17 +144,59 @@ class ComputeConfig(Section):
     """Where and how wide a run executes. Never part of an artifact's key."""
 
     launcher: Literal["auto", "inprocess", "torchrun", "ray"] = "auto"
-    num_workers: Positive = 1
+    # (min, max) is elastic: Ray starts with what there is, goes on with what is left, and grows again; under
+    # torchrun it is what `--nnodes min:max` may come to.
+    num_workers: Positive | tuple[Positive, Positive] = 1
+    resize_interval_s: Seconds = 60.0  # between two looks for room to grow; growing costs a restart
     threads_per_worker: Count = 0  # 0: cores of the machine / workers on it
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False  # moments and master weights in the host's memory; ZeRO 1 to 3
+    offload_parameters: bool = False  # weights too, fetched layer by layer; ZeRO 3
+    overlap_communication: Literal["auto"] | bool = "auto"  # with backward; auto: on GPUs
+    # Of gradients reduced, or weights gathered, at once.
+    bucket_elements: Annotated[int, Field(ge=2, multiple_of=2)] = 50_000_000
+    loss_scale_power: Annotated[int, Field(ge=0, le=32)] = 16  # float16 begins at a scale of 2 to it
+    loss_scale_window: Positive = 1000  # steps without overflow after which the scale doubles
+    compile: bool = False  # torch.compile of the trained module; needs a C++ compiler
     max_failures: Count = 2  # worker-group restarts by Ray Train before a run gives up
     timeout_s: Positive = 1800  # a collective that waits longer names the missing rank and stops
+    stop_grace_s: Seconds = 60.0  # that a driver told to stop gives its workers to write a checkpoint
     encoder_actors: Count = 0  # most Ray actors with named feature encoders; 0: as many as find room
     encoder_gpus: Annotated[float, Field(gt=0.0, le=8.0)] = 1.0  # of one of them; a fraction shares a GPU
     encoder_cpus: Positive = 1
     ray_address: str | None = None  # None: the cluster of RAY_ADDRESS, else a local one
+
+    @model_validator(mode="after")
+    def _offload(self) -> ComputeConfig:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        return self
+
+    @field_validator("num_workers")
+    @classmethod
+    def _ordered(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError("(min, max): the first may not exceed the second")
+        return value
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers,) * 2
+
+    @property
+    def min_workers(self) -> int:
+        """Workers without which a stage does not run."""
+        return self.worker_range[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers of a stage."""
+        return self.worker_range[1]
 
 
 class TrackingConfig(Section):

@@ -25,7 +25,8 @@ class TrainConfig(Section):
     evaluate_every: Positive = 1  # epochs
     patience: Count = 0  # evaluations without improvement before stopping; 0: never
     checkpoint_every: Positive = 200  # steps
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = 2  # the last ones; the best one stays as well
+    keep_every: Count = 0  # steps; checkpoints at its multiples stay for good; 0: none
 
 
 class FusionConfig(Section):
@@ -36,8 +37,11 @@ class FusionConfig(Section):
     heads: Positive = 4
     alignment_temperature: float = Field(default=0.07, gt=0)
     loss_temperature: float = Field(default=0.2, gt=0)
-    group: Positive = 256  # consecutive samples that are each other's negatives
-    id_embedding: Literal["auto", "table", "shared"] = "auto"
+    # Consecutive samples that are each other's negatives: a multiple of train.micro_batch, across ranks.
+    group: Positive = 256
+    # Query of an item: a learnt row of its own, one for all, or a random vector computed from its row.
+    id_embedding: Literal["auto", "table", "shared", "hashed"] = "auto"
+    row_learning_rate: float = Field(default=0.005, gt=0)  # of the rows of a table, by row-wise Adagrad
     id_dropout: Fraction = 0.3
     modality_dropout: Fraction = 0.1
     behaviour_dim: Count = 64  # of the co-occurrence view of the training part; 0: no such view
@@ -52,8 +56,11 @@ class FusionConfig(Section):
     def _consistent(self) -> FusionConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.train.micro_batch != self.group:
-            raise ValueError("train.micro_batch must equal group: a micro-batch is one group of negatives")
+        if self.group % self.train.micro_batch:
+            raise ValueError(
+                f"group {self.group} is not a multiple of train.micro_batch {self.train.micro_batch}: "
+                "a group of negatives is made of whole micro-batches"
+            )
         return self
 
 

@@ -34,6 +34,7 @@ class StageContext:
         owner: Mark of the driver that this rank works for; None: nobody else can have the run.
         recipe: Configuration that goes into the manifest.
         progress_file: Where progress is left for the driver; None: draw it here.
+        remote: The run's remote home, where copies of checkpoints go; None: there is none.
     """
 
     store: ArtifactStore
@@ -48,6 +49,7 @@ class StageContext:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     progress_file: Path | None = None
     owner: str | None = None
+    remote: str | None = None
 
     @classmethod
     def local(

@@ -31,8 +31,29 @@ def deepspeed_config(compute: ComputeConfig, train: TrainConfig) -> dict[str, An
     Gradient accumulation is steered by the loop (`set_gradient_accumulation_boundary`), because the last
     batch of an epoch has fewer micro-batches than the others; DeepSpeed itself is told 1.
     """
-    precision = resolve_precision(compute)
-    config: dict[str, Any] = {
+    device, precision = resolve_device(compute), resolve_precision(compute)
+    stage = compute.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if stage:
+        overlap = compute.overlap_communication
+        zero |= {
+            "overlap_comm": device == "cuda" if overlap == "auto" else overlap,
+            "reduce_bucket_size": compute.bucket_elements,
+        }
+    if stage in (1, 2):
+        zero["allgather_bucket_size"] = compute.bucket_elements
+    if stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": compute.bucket_elements,
+            # Small parameters would otherwise stay whole on every rank and never be partitioned.
+            "stage3_param_persistence_threshold": 10_000,
+        }
+    pinned = {"device": "cpu", "pin_memory": device == "cuda"}
+    if compute.offload_optimizer:
+        zero["offload_optimizer"] = pinned
+    if compute.offload_parameters:
+        zero["offload_param"] = pinned
+    return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.clip_norm,
@@ -40,7 +61,9 @@ def deepspeed_config(compute: ComputeConfig, train: TrainConfig) -> dict[str, An
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": train.learning_rate,
+                # The loop sets the rate before every step; until then nothing may move: some stages make
+                # AdamW's moments by a step, and weight decay would count.
+                "lr": 0.0,
                 "betas": list(train.betas),
                 "eps": 1e-8,
                 "weight_decay": train.weight_decay,
@@ -49,11 +72,12 @@ def deepspeed_config(compute: ComputeConfig, train: TrainConfig) -> dict[str, An
                 "adam_w_mode": True,
             },
         },
-        "zero_optimization": {"stage": compute.zero_stage},
+        "zero_optimization": zero,
         "bf16": {"enabled": precision == "bfloat16"},
-        "fp16": {"enabled": precision == "float16"},
+        "fp16": {
+            "enabled": precision == "float16",
+            "loss_scale": 0,  # dynamic
+            "initial_scale_power": compute.loss_scale_power,
+            "loss_scale_window": compute.loss_scale_window,
+        },
     }
-    if compute.zero_stage == 3:
-        # Small parameters would otherwise stay whole on every rank and never be partitioned.
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 10_000
-    return config

@@ -12,6 +12,8 @@ from torch import nn
 from qbrec.config.stages import TrainConfig
 from qbrec.engine.context import StageContext
 from qbrec.engine.ds_config import deepspeed_config
+from qbrec.engine.meter import collectives
+from qbrec.engine.state import reset_counters
 
 
 def start_engine(module: nn.Module, ctx: StageContext, config: TrainConfig) -> Any:
@@ -37,6 +39,9 @@ def start_engine(module: nn.Module, ctx: StageContext, config: TrainConfig) -> A
         config=deepspeed_config(ctx.compute, config),
         dist_init_required=False,
     )
+    reset_counters(engine)
+    if ctx.compute.compile:
+        engine.compile(compile_kwargs={"dynamic": True})
     return engine
 
 
@@ -50,12 +55,14 @@ def import_deepspeed(device: str) -> Any:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
     try:
         import deepspeed
+        from deepspeed.comm import comm
         from deepspeed.ops import __compatible_ops__
         from deepspeed.utils import logger
     finally:
         if hidden:
             del sys.modules["mlflow"]
     logger.setLevel(logging.WARNING)
+    comm.comms_logger = collectives
     if device == "cpu":
         # Otherwise DeepSpeed compiles a shared-memory operator, which needs g++ and ninja.
         __compatible_ops__["deepspeed_shm_comm"] = False

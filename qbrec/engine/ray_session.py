@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 
 from qbrec.config.sections import ComputeConfig
 from qbrec.errors import LaunchError
@@ -32,6 +36,13 @@ def ensure_ray(compute: ComputeConfig) -> bool:
 
     if ray.is_initialized():
         return False
+    with _sigterm_kept():
+        return _connect(compute)
+
+
+def _connect(compute: ComputeConfig) -> bool:
+    import ray
+
     address = compute.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         if address != "local":
@@ -52,3 +63,17 @@ def ensure_ray(compute: ComputeConfig) -> bool:
             fix="check the address and that the cluster is up, or leave both unset for a local one",
         ) from error
     return True
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """`ray.init` makes SIGTERM end the process with exit code 15; who handled it before keeps it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if earlier not in (None, signal.SIG_DFL):
+            signal.signal(signal.SIGTERM, earlier)

@@ -77,6 +77,7 @@ def run_order(order: Order, *, alone: bool = False) -> str:
         compute=config.compute,
         recipe=order["recipe"],
         progress_file=shown,
+        remote=config.run.remote,
     )
     inputs = {name: store.open(path) for name, path in order["inputs"].items()}
     artifact = entry_point(order["entry"])(ctx, config, inputs)

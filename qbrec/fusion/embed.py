@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qbrec.engine.rows import StoredRows
 from qbrec.errors import DataError
 from qbrec.fusion.batches import Collator, as_fields
 from qbrec.fusion.model import BEHAVIOUR, FusionBatch, FusionModel, ModalitySpec
@@ -17,17 +19,22 @@ from qbrec.storage.ragged import Ragged
 
 CHUNK = 2048  # items per forward: a block of the fused tars
 
+FetchRows = Callable[[Tensor], Tensor]
+
 
 class FusionEncoder:
     """Frozen fusion network that embeds items of any origin.
 
     Args:
-        model: Trained network; without ID table, every item takes the shared query.
+        model: Trained network.
         device: Where it runs.
+        own: Gives the ID rows float [n, D] of rows int64 [n]; None: there is no table, or it is not wanted.
     """
 
-    def __init__(self, model: FusionModel, *, device: torch.device | str = "cpu") -> None:
-        self.model, self.device = model.to(device).eval(), torch.device(device)
+    def __init__(
+        self, model: FusionModel, *, device: torch.device | str = "cpu", own: FetchRows | None = None
+    ) -> None:
+        self.model, self.device, self.own = model.to(device).eval(), torch.device(device), own
         self._collate = Collator(model.modalities, behaviour=None, own_rows=False, dropout=None)
 
     @classmethod
@@ -46,19 +53,18 @@ class FusionEncoder:
             DataError: A file of the artifact is missing or damaged.
         """
         meta = artifact.meta
-        table = own_rows and meta["id_embedding"] == "table"
-        rows = artifact.load_safetensors("id_rows.safetensors") if table else {}
         model = FusionModel(
             [ModalitySpec(m["name"], m["kind"], m["dim"]) for m in meta["modalities"]],
             width=meta["width"],
             depth=meta["depth"],
             heads=meta["heads"],
             alignment_temperature=meta["alignment_temperature"],
-            num_rows=meta["num_items"] if rows else 0,
+            hashed_rows=meta["id_embedding"] == "hashed",
             statistics=artifact.load_safetensors("statistics.safetensors"),
         )
-        model.load_state_dict({**artifact.load_safetensors("model.safetensors"), **rows})
-        return cls(model, device=device)
+        model.load_state_dict(artifact.load_safetensors("model.safetensors"))
+        own = StoredRows(artifact) if own_rows and meta["id_embedding"] == "table" else None
+        return cls(model, device=device, own=own)
 
     def embed(
         self, features: Mapping[str, Ragged], *, size: int, structure: NDArray[np.int32] | None = None
@@ -93,7 +99,13 @@ class FusionEncoder:
 
     def embed_batch(self, batch: FusionBatch) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
         """Fused float16 [B, D] and depth uint8 [B] of a collated batch."""
-        fused, depth, _ = self.model.embed(batch.to(self.device))
+        batch = batch.to(self.device)
+        if self.own is not None:
+            query = torch.zeros(len(batch.rows), self.model.width, device=self.device)
+            known = batch.rows >= 0
+            query[known] = self.own(batch.rows[known]).to(self.device)
+            batch = replace(batch, own=query)
+        fused, depth, _ = self.model.embed(batch)
         return fused.half().cpu().numpy(), depth.cpu().numpy()
 
     def _check(self, features: Mapping[str, Ragged], size: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -60,27 +61,40 @@ def count_anchors(present: Tensor, *, pairs: Sequence[Pair], weights: Sequence[f
     return total
 
 
+@dataclass(frozen=True)
+class GroupViews:
+    """What the loss reads of the items of a group, or of the part of a group that one rank has.
+
+    Attributes:
+        vectors: float [M + 1, B, D], the views and, last, the fused vectors (index `FUSED`).
+        present: bool [B, M].
+        content: int64 [B, M]; two items with the same number have the same content in that view and are not
+            each other's negatives in any pair with that view.
+    """
+
+    vectors: Tensor
+    present: Tensor
+    content: Tensor
+
+
 def multi_view_loss(
-    fused: Tensor,
-    views: Tensor,
+    own: GroupViews,
+    group: GroupViews,
     *,
-    present: Tensor,
-    content: Tensor,
+    first: int,
     pairs: Sequence[Pair],
     weights: Sequence[float],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over anchors of the symmetric InfoNCE of all pairs of views inside one group.
+    """Sum over this rank's anchors of the symmetric InfoNCE of all pairs of views inside one group.
 
-    A group is never split over ranks or micro-batches, so the sum (and its gradient) over the groups of a
-    batch does not depend on world size.
+    Added up over the ranks that share a group it is the loss of the group, so neither it nor its gradient
+    depends on how many share it.
 
     Args:
-        fused: [B, D].
-        views: [M, B, D].
-        present: bool [B, M].
-        content: int64 [B, M]; two items with the same number have the same content in that view and are not
-            each other's negatives in any pair with that view.
+        own: The anchors, B of them.
+        group: All items of the group, the anchors' positives and negatives; may be `own` itself.
+        first: Place of the first anchor in the group.
         pairs: Of `view_pairs`.
         weights: Weight of each pair.
         temperature: τ of the loss.
@@ -89,23 +103,28 @@ def multi_view_loss(
         Weighted sum over all pairs and anchors (float32 scalar; mean of both directions per anchor), and the
         unweighted sums per pair [P], detached. Divide by `count_anchors`.
     """
-    unit = [F.normalize(view.float(), dim=-1) for view in (*views, fused)]
+    alone = group is own
+    unit = F.normalize(own.vectors.float(), dim=-1)
+    others = unit if alone else F.normalize(group.vectors.float(), dim=-1)
+    size = len(own.present)
+    places = torch.arange(size, device=unit.device)
+    itself = torch.zeros(size, len(group.present), dtype=torch.bool, device=unit.device)
+    itself[places, first + places] = True
     sums = []
     for left, right in pairs:
-        valid = _valid(present, (left, right))
-        logits = unit[left] @ unit[right].T / temperature
-        same = torch.zeros_like(logits, dtype=torch.bool)
+        same = torch.zeros_like(itself)
         for view in (left, right):
             if view != FUSED:
-                same |= content[:, None, view] == content[None, :, view]
-        same.fill_diagonal_(False)
-        logits = logits.masked_fill(same, float("-inf"))
-        own = logits.diagonal()
+                same |= own.content[:, None, view] == group.content[None, :, view]
         # The item's own column stays finite even where it is absent itself, so no row is ever empty.
-        apart = ~torch.eye(len(own), dtype=torch.bool, device=own.device)
-        forward = torch.logsumexp(logits.masked_fill(~valid[None, :] & apart, float("-inf")), dim=1) - own
-        backward = torch.logsumexp(logits.masked_fill(~valid[:, None] & apart, float("-inf")), dim=0) - own
-        sums.append(torch.where(valid, (forward + backward) / 2, torch.zeros_like(own)).sum())
+        hidden = (same | ~_valid(group.present, (left, right))[None, :]) & ~itself
+        logits = unit[left] @ others[right].T / temperature
+        reverse = logits.T if alone else unit[right] @ others[left].T / temperature
+        both = torch.stack([logits, reverse]).masked_fill(hidden, float("-inf"))
+        positive = logits[places, first + places]
+        valid = _valid(own.present, (left, right))
+        each = torch.logsumexp(both, dim=2).mean(0) - positive
+        sums.append(torch.where(valid, each, torch.zeros_like(each)).sum())
     per_pair = torch.stack(sums)
     return per_pair @ torch.tensor(weights, device=per_pair.device), per_pair.detach()
 

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qbrec.engine.mixing import hashed_normal
+
 STRUCTURE = "structure"
 BEHAVIOUR = "behaviour"
 _BAG_WIDTH = 32  # of the structure table: random rows this wide already tell category paths apart
-_QUERY_STD = 0.02  # paper's initialisation of the ID vectors
+QUERY_STD = 0.02  # paper's initialisation of the ID vectors
 _CONSTANT = 1e-6  # a feature that hardly varies stays as it is: a new item that has it must not explode
 _GATE_BIAS = 2.0  # a fresh gate reads on (0.88), so that deep blocks see gradient before they are judged
 
@@ -43,13 +45,14 @@ class FusionBatch:
     """Items on the device. `M` follows the model's order of modalities.
 
     Attributes:
-        rows: int64 [B], row of the ID table; -1 takes the shared query.
+        rows: int64 [B], row of the item whose ID query is its own; -1 takes the shared query.
         features: Per dense modality float [B, T, d], zero where there is no token.
         tokens: Per dense modality bool [B, T], which tokens exist.
         buckets: int64 [B, S] of the structure modality, -1 for none; [B, 0] without that modality.
         visible: bool [B, M], modalities the fused vector may read (present and not dropped).
         present: bool [B, M], modalities that exist, and so are views of the loss.
         content: int64 [B, M], equal where the content of that modality is equal.
+        own: float [B, D], the ID rows fetched for `rows` (zero where that is -1); None: no table is used.
     """
 
     rows: Tensor
@@ -59,6 +62,7 @@ class FusionBatch:
     visible: Tensor
     present: Tensor
     content: Tensor
+    own: Tensor | None = None
 
     def to(self, device: torch.device | str) -> FusionBatch:
         """The same batch on `device`."""
@@ -71,6 +75,7 @@ class FusionBatch:
             visible=self.visible.to(device, non_blocking=True),
             present=self.present.to(device, non_blocking=True),
             content=self.content.to(device, non_blocking=True),
+            own=None if self.own is None else self.own.to(device, non_blocking=True),
         )
 
 
@@ -127,7 +132,7 @@ class FusionModel(nn.Module):
         depth: Number of cross-attention blocks.
         heads: Attention heads.
         alignment_temperature: τ of the alignment.
-        num_rows: Rows of the ID table; 0: every item takes the shared query.
+        hashed_rows: Whether an item's own ID query is a random vector computed from its row, none learnt.
         statistics: `mean.<m>` and `std.<m>` float32 [d_m] of the dense modalities; frozen.
     """
 
@@ -139,17 +144,15 @@ class FusionModel(nn.Module):
         depth: int,
         heads: int,
         alignment_temperature: float,
-        num_rows: int,
+        hashed_rows: bool = False,
         statistics: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
         self.modalities = tuple(modalities)
         self.width, self.depth, self.temperature = width, depth, alignment_temperature
         self.shared_query = nn.Embedding(1, width)
-        nn.init.normal_(self.shared_query.weight, std=_QUERY_STD)
-        self.id_rows = nn.Embedding(num_rows, width) if num_rows else None
-        if self.id_rows is not None:
-            nn.init.normal_(self.id_rows.weight, std=_QUERY_STD)
+        nn.init.normal_(self.shared_query.weight, std=QUERY_STD)
+        self.hashed_rows = hashed_rows
         # By number, not by name: names come from the user's columns and need not be Python attributes.
         self.project = nn.ModuleList()
         for index, spec in enumerate(self.modalities):
@@ -164,7 +167,7 @@ class FusionModel(nn.Module):
         # One embedding per modality tells the blocks which token is which; the last one is the null token
         # that is always visible, so an item without any content still has something to read.
         self.kinds = nn.Embedding(len(self.modalities) + 1, width)
-        nn.init.normal_(self.kinds.weight, std=_QUERY_STD)
+        nn.init.normal_(self.kinds.weight, std=QUERY_STD)
         self.blocks = nn.ModuleList(CrossBlock(width, heads) for _ in range(depth))
         self.gates = nn.ModuleList(_gate(width) for _ in range(depth - 1))
 
@@ -215,9 +218,9 @@ class FusionModel(nn.Module):
 
     def _read(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query: Tensor = self.shared_query(torch.zeros_like(batch.rows))
-        if self.id_rows is not None:
-            own = self.id_rows(batch.rows.clamp(min=0))
-            query = torch.where(batch.rows[:, None] >= 0, own, query)
+        own = hashed_normal(batch.rows, self.width) * QUERY_STD if self.hashed_rows else batch.own
+        if own is not None:
+            query = torch.where(batch.rows[:, None] >= 0, own.to(query.dtype), query)
         kinds = self.kinds(torch.arange(len(self.modalities) + 1, device=query.device))
         tokens, views = [], []
         for index, spec in enumerate(self.modalities):

@@ -4,64 +4,28 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from qbrec.config.root import RootConfig
 from qbrec.config.stages import FusionConfig
 from qbrec.engine.context import StageContext
-from qbrec.engine.train import TrainResult, train
+from qbrec.engine.rows import ShardedRows, rows_file
 from qbrec.errors import ConfigError, DataError
-from qbrec.fusion.batches import Collator, Dropout, item_fields
+from qbrec.fusion.batches import Collator
 from qbrec.fusion.behaviour import behaviour_vectors, training_histories
-from qbrec.fusion.embed import CHUNK, FusionEncoder, retrieval
-from qbrec.fusion.loss import count_anchors, multi_view_loss, pair_weights, view_pairs
-from qbrec.fusion.model import BEHAVIOUR, STRUCTURE, FusionBatch, FusionModel, ModalitySpec
-from qbrec.storage.artifact import Artifact, ArtifactWriter, write_atomic
-from qbrec.storage.block_format import index_dtype
+from qbrec.fusion.catalog_pass import embed_catalog
+from qbrec.fusion.embed import FusionEncoder
+from qbrec.fusion.model import BEHAVIOUR, QUERY_STD, STRUCTURE, FusionModel, ModalitySpec
+from qbrec.fusion.training import train_fusion
+from qbrec.storage.artifact import Artifact, write_atomic
 from qbrec.storage.block_reader import BlockSet
-from qbrec.storage.blocks import BlockTarWriter, write_block_index
-from qbrec.storage.loader import BatchLoader
 
 TABLE_LIMIT = 10_000_000  # items up to which `id_embedding: auto` gives every item its own ID row
-_FIELDS = ("depth", "fused", "row")
-_SHARD_BLOCKS = 32  # of CHUNK rows: tars of about 32 MB
-_PARTS = 16  # small catalogues are cut into about this many tars, so that every rank has some to write
-
-
-class FusionTask:
-    """What `engine.train` optimises: the multi-view loss of one group of items per micro-batch."""
-
-    def __init__(self, model: FusionModel, config: FusionConfig) -> None:
-        self.module: nn.Module = model
-        self.pairs = view_pairs(model.modalities)
-        self.weights = pair_weights(
-            model.modalities, self.pairs, behaviour=config.behaviour_weight, cross=config.cross_weight
-        )
-        self.temperature = config.loss_temperature
-
-    def prepare(self, batch: FusionBatch, device: torch.device) -> tuple[FusionBatch, Tensor]:
-        """The batch on the device and its weighted number of anchors."""
-        batch = batch.to(device)
-        return batch, count_anchors(batch.present, pairs=self.pairs, weights=self.weights)
-
-    def loss(self, module: nn.Module, batch: FusionBatch) -> Tensor:
-        """Sum over the anchors of all pairs of views."""
-        fused, views, _ = module(batch)
-        total, _ = multi_view_loss(
-            fused,
-            views,
-            present=batch.present,
-            content=batch.content,
-            pairs=self.pairs,
-            weights=self.weights,
-            temperature=self.temperature,
-        )
-        return total
 
 
 def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
@@ -75,7 +39,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         inputs: `catalog`.
 
     Returns:
-        The fusion artifact: model.safetensors, id_rows.safetensors (if it has an ID table),
+        The fusion artifact: model.safetensors, rows-*.safetensors (if it has an ID table),
         statistics.safetensors, behaviour.npy (float16 [N, d], if it has that view), fused-*.tar of `row`,
         `fused`, `depth`.
 
@@ -88,8 +52,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     behaviour = _behaviour(ctx, fusion, catalog, num_items=items.num_samples)
     modalities = _modalities(catalog, items, behaviour)
     statistics = _statistics(catalog, modalities, behaviour)
-    small = items.num_samples < TABLE_LIMIT
-    table = fusion.id_embedding == "table" or (fusion.id_embedding == "auto" and small)
+    identity = _identity(fusion, items.num_samples)
     torch.manual_seed(ctx.sub_seed("fusion.init"))
     model = FusionModel(
         modalities,
@@ -97,32 +60,47 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         depth=fusion.depth,
         heads=fusion.heads,
         alignment_temperature=fusion.alignment_temperature,
-        num_rows=items.num_samples if table else 0,
+        hashed_rows=identity == "hashed",
         statistics=statistics,
     )
-    plain = Collator(modalities, behaviour=behaviour, own_rows=table, dropout=None)
-    result = _train(ctx, fusion, model, items, plain)
-    encoder = FusionEncoder(model, device=ctx.device)
+    rows = None
+    if identity == "table":
+        rows = ShardedRows(
+            ctx,
+            num_rows=items.num_samples,
+            width=fusion.width,
+            std=QUERY_STD,
+            clip_norm=fusion.train.clip_norm,
+        )
+    plain = Collator(modalities, behaviour=behaviour, own_rows=identity != "shared", dropout=None)
+    result = train_fusion(ctx, fusion, model, items=items, plain=plain, rows=rows)
     writer = ctx.writer()
-    mean_depth = _embed_catalog(ctx, writer, items, encoder, plain)
+    encoder = FusionEncoder(model, device=ctx.device)
+    embedded = embed_catalog(ctx, writer, items, encoder, plain, rows=rows)
+    if rows is not None:
+        for first, vectors, _ in rows.chunks():
+            writer.save_safetensors(rows_file(first), {"rows": vectors})
     if ctx.is_main:
-        weights = {k: v for k, v in model.state_dict().items() if not k.startswith("id_rows.")}
-        writer.save_safetensors("model.safetensors", weights)
+        writer.save_safetensors("model.safetensors", model.state_dict())
         writer.save_safetensors("statistics.safetensors", statistics)
-        if table:
-            assert model.id_rows is not None
-            writer.save_safetensors("id_rows.safetensors", {"id_rows.weight": model.id_rows.weight})
         if behaviour is not None:
             writer.save_npy("behaviour.npy", behaviour)
+        ctx.log_metrics(
+            result.steps,
+            {
+                "embed/mean_depth": embedded.mean_depth,
+                "embed/items_per_second": items.num_samples / embedded.seconds,
+            },
+        )
     meta = {
         "width": fusion.width,
         "depth": fusion.depth,
         "heads": fusion.heads,
         "alignment_temperature": fusion.alignment_temperature,
         "modalities": [{"name": s.name, "kind": s.kind, "dim": s.dim} for s in modalities],
-        "id_embedding": "table" if table else "shared",
+        "id_embedding": identity,
         "num_items": items.num_samples,
-        "mean_depth": mean_depth,
+        "mean_depth": embedded.mean_depth,
         "steps": result.steps,
         "alignment": {k: v for k, v in result.best.items() if k not in ("step", "epoch")},
     }
@@ -132,34 +110,11 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     return artifact
 
 
-def _train(
-    ctx: StageContext, fusion: FusionConfig, model: FusionModel, items: BlockSet, plain: Collator
-) -> TrainResult:
-    fields = item_fields(model.modalities)
-    hide = Dropout(fusion.id_dropout, fusion.modality_dropout, seed=ctx.sub_seed("fusion.dropout"))
-    loader = BatchLoader(
-        items,
-        batch_size=fusion.train.batch_size,
-        micro_batch=fusion.train.micro_batch,
-        seed=ctx.sub_seed("fusion.order"),
-        rank=ctx.rank,
-        world=ctx.world,
-        collate=Collator(model.modalities, behaviour=plain.behaviour, own_rows=plain.own_rows, dropout=hide),
-        fields=fields,
-        pin=ctx.device.type == "cuda",
-    )
-    # Rows are in hash order, so the first ones are a random sample.
-    rows = np.arange(min(items.num_samples, CHUNK), dtype=np.int64)
-    sample = plain(items.take(rows, fields), rows, 0).to(ctx.device)
-
-    def evaluate(module: nn.Module) -> dict[str, float]:
-        fused, depth, views = cast(FusionModel, module).embed(sample)
-        hits = retrieval(fused, views, sample, model.modalities)
-        return {**hits, "retrieval": sum(hits.values()) / len(hits), "depth": float(depth.float().mean())}
-
-    monitor = "retrieval" if fusion.train.patience else None
-    task = FusionTask(model, fusion)
-    return train(ctx, task, loader, config=fusion.train, label="fusion", evaluate=evaluate, monitor=monitor)
+def _identity(fusion: FusionConfig, num_items: int) -> str:
+    """What `id_embedding` comes to."""
+    if fusion.id_embedding == "auto":
+        return "table" if num_items < TABLE_LIMIT else "shared"
+    return fusion.id_embedding
 
 
 def _modalities(catalog: Artifact, items: BlockSet, behaviour: NDArray[Any] | None) -> list[ModalitySpec]:
@@ -232,39 +187,3 @@ def _behaviour(
     ctx.barrier()
     mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
-
-
-def _embed_catalog(
-    ctx: StageContext, writer: ArtifactWriter, items: BlockSet, encoder: FusionEncoder, plain: Collator
-) -> float:
-    """Write the fused vectors of this rank's shards and the index of all; the mean depth over all items.
-
-    Shards and blocks are cut on the global row grid, so the files do not depend on the number of ranks.
-    """
-    fields = item_fields(encoder.model.modalities)
-    blocks = -(-items.num_samples // CHUNK)
-    per_shard = min(-(-blocks // _PARTS), _SHARD_BLOCKS)
-    shards = -(-blocks // per_shard)
-    own = range(shards * ctx.rank // ctx.world, shards * (ctx.rank + 1) // ctx.world)
-    progress = ctx.progress(len(own) * per_shard, "embed items")
-    depths, records = 0, []
-    for shard in own:
-        with BlockTarWriter(writer.path, prefix="fused", first_shard=shard, shard_bytes=1 << 40) as tar:
-            for block in range(shard * per_shard, min((shard + 1) * per_shard, blocks)):
-                rows = np.arange(block * CHUNK, min((block + 1) * CHUNK, items.num_samples), dtype=np.int64)
-                fused, depth = encoder.embed_batch(plain(items.take(rows, fields), rows, 0))
-                tar.add({"row": rows, "fused": fused, "depth": depth}, len(rows))
-                depths += int(depth.sum(dtype=np.int64))
-                progress.update()
-            records.append(tar.close())
-    progress.close()
-    data = b"".join(part.tobytes() for part in records)
-    # A rank without shards still takes part in the exchange.
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
-    parts = ctx.gather_bytes(mine.to(ctx.device))
-    total = ctx.all_reduce(torch.tensor(depths, dtype=torch.int64, device=ctx.device))
-    if ctx.is_main:
-        dtype = index_dtype(list(_FIELDS))
-        index = [np.frombuffer(part.cpu().numpy().tobytes(), dtype=dtype) for part in parts]
-        write_block_index(writer.path / "blocks.fused.npy", index)
-    return float(total) / items.num_samples

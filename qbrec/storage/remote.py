@@ -136,46 +136,78 @@ class RemoteStore:
                 fix="use another prefix, or the qbrec release that wrote it",
             )
 
-    def folder(self, kind: str, key: str) -> str:
-        """URI of an artifact's folder, whether it exists or not."""
-        return f"{self.uri}/artifacts/{kind}/{key[:16]}"
-
     def manifest(self, kind: str, key: str) -> dict[str, Any] | None:
         """Manifest of the finished artifact of this key, or None.
 
         Raises:
             DataError: It cannot be read, or is damaged.
         """
-        uri = f"{self.folder(kind, key)}/{MANIFEST}"
+        manifest = self._folder(kind, key).manifest()
+        return manifest if manifest and (manifest["kind"], manifest["key"]) == (kind, key) else None
+
+    def files(self, manifest: Mapping[str, Any]) -> RemoteFiles:
+        """Where the files of a manifest lie."""
+        return self._folder(manifest["kind"], manifest["key"]).files(manifest)
+
+    def publish(self, manifest: Mapping[str, Any], file: Callable[[str], Path]) -> bool:
+        """Copy a finished artifact there; see `RemoteFolder.publish`.
+
+        Returns:
+            False where the key was there already: whoever was first stays.
+        """
+        if self.manifest(manifest["kind"], manifest["key"]) is not None:
+            return False
+        self._folder(manifest["kind"], manifest["key"]).publish(manifest, file)
+        return True
+
+    def _folder(self, kind: str, key: str) -> RemoteFolder:
+        return RemoteFolder(f"{self.uri}/artifacts/{kind}/{key[:16]}", self.patience, self.progress)
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """The folder of one artifact, whether it exists or not.
+
+    Attributes:
+        uri: The folder.
+        patience: How long the store may take.
+        progress: Shows large transfers.
+    """
+
+    uri: str
+    patience: Patience = PATIENCE
+    progress: MakeMeter | None = None
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What lies there, or None.
+
+        Raises:
+            DataError: It cannot be read, or is damaged.
+        """
+        uri = f"{self.uri}/{MANIFEST}"
         for _ in range(2):
             data = read_object(uri, patience=self.patience)
             if data is None:
                 return None
             manifest = _checked(data)
             if manifest is not None:
-                return manifest if (manifest["kind"], manifest["key"]) == (kind, key) else None
+                return manifest
         raise DataError("the remote manifest is damaged (its hash differs)", where=uri, fix=REPAIR)
 
     def files(self, manifest: Mapping[str, Any]) -> RemoteFiles:
-        """Where the files of a manifest lie."""
-        folder = self.folder(manifest["kind"], manifest["key"])
-        return RemoteFiles(f"{folder}/{manifest['fingerprint'][:16]}", self.patience, self.progress)
+        """Where the files of its manifest lie."""
+        return RemoteFiles(f"{self.uri}/{manifest['fingerprint'][:16]}", self.patience, self.progress)
 
-    def publish(self, manifest: Mapping[str, Any], file: Callable[[str], Path]) -> bool:
+    def publish(self, manifest: Mapping[str, Any], file: Callable[[str], Path]) -> None:
         """Copy a finished artifact there, its manifest last. What an earlier attempt left whole is kept.
 
         Args:
             manifest: Its manifest.
             file: Gives the verified path of a file by its name.
 
-        Returns:
-            False where the key was there already: whoever was first stays.
-
         Raises:
             DataError: A file is damaged here, or the store refuses or cannot be reached.
         """
-        if self.manifest(manifest["kind"], manifest["key"]) is not None:
-            return False
         base = self.files(manifest).uri
         wanted = {name: int(entry["size"]) for name, entry in manifest["files"].items()}
         present = sizes_below(base, patience=self.patience)
@@ -204,9 +236,14 @@ class RemoteStore:
                     fix="run the same command again; if it stays, ask who else writes there",
                 )
         document = _sealed(manifest)
-        uri = f"{self.folder(manifest['kind'], manifest['key'])}/{MANIFEST}"
-        upload(uri, partial(io.BytesIO, document), tick=_unseen, patience=self.patience)
-        return True
+        upload(
+            f"{self.uri}/{MANIFEST}", partial(io.BytesIO, document), tick=_unseen, patience=self.patience
+        )
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it lies in an artifact's own directory."""
+    return json.dumps(dict(manifest), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
 def _opening(path: Path) -> Callable[[], BinaryIO]:

@@ -179,6 +179,21 @@ def sizes_below(uri: str, *, patience: Patience = PATIENCE) -> dict[str, int]:
     return {i.path[len(path) + 1 :]: i.size for i in infos if i.type == pafs.FileType.File}
 
 
+def delete_below(uri: str, *, patience: Patience = PATIENCE) -> None:
+    """Remove a folder with all it holds; nothing happens where there is none.
+
+    Raises:
+        DataError: It cannot be removed.
+    """
+    fs, path = filesystem(uri, patience=patience)
+
+    def once() -> None:
+        if fs.get_file_info(path).type != pafs.FileType.NotFound:
+            fs.delete_dir(path)
+
+    retried(once, doing="delete the folder", place=uri, patience=patience)
+
+
 def _store_chunk(data: bytes, file: IO[bytes], digest: hashlib._Hash, tick: Callable[[int], None]) -> None:
     digest.update(data)
     file.write(data)

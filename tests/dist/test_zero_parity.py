@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qbrec.config.sections import ComputeConfig
 from qbrec.config.stages import TrainConfig
+from qbrec.engine import step
 from qbrec.engine.context import StageContext
-from qbrec.engine.train import learning_rate, train
+from qbrec.engine.schedule import schedule
+from qbrec.engine.state import loss_scale
+from qbrec.engine.train import train
 from qbrec.errors import CheckpointError, QbrecError
 from qbrec.storage.artifact import ArtifactStore
+from tests.support.half import allow_half
 from tests.support.spawn import run_ranks
 from tests.support.training import Interrupted, ToyLoader, ToyTask
 
-CONFIG = TrainConfig(epochs=4, batch_size=8, micro_batch=2, learning_rate=1e-2, checkpoint_every=3, keep_checkpoints=99)
+CONFIG = TrainConfig(
+    epochs=4, batch_size=8, micro_batch=2, learning_rate=1e-2, checkpoint_every=3, keep_checkpoints=99
+)
 
 
-def _context(rank: int, world: int, folder: str, stage: int) -> StageContext:
+def _context(
+    rank: int, world: int, folder: str, stage: int, compute: dict[str, Any] | None = None
+) -> StageContext:
     Path(folder).mkdir(parents=True, exist_ok=True)
     return StageContext(
         store=ArtifactStore(folder),
@@ -30,17 +39,31 @@ def _context(rank: int, world: int, folder: str, stage: int) -> StageContext:
         seed=3,
         rank=rank,
         world=world,
-        compute=ComputeConfig(zero_stage=stage, device="cpu", precision="float32"),  # type: ignore[arg-type]
+        compute=ComputeConfig(
+            **{"zero_stage": stage, "device": "cpu", "precision": "float32", **(compute or {})}
+        ),
     )
 
 
-def _train(rank: int, world: int, folder: str, stage: int, stop_at: int = 0) -> dict[str, object]:
-    task, loader = ToyTask(), ToyLoader(rank, world, stop_at=stop_at)
+def _train(
+    rank: int, world: int, folder: str, stage: int, stop_at: int = 0, compute: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    allow_half()
+    task, loader, scales = ToyTask(), ToyLoader(rank, world, stop_at=stop_at), []
+    ctx = _context(rank, world, folder, stage, compute)
+
+    def noted(engine: Any) -> float:
+        scales.append(loss_scale(engine))
+        return scales[-1]
+
+    usual, step.loss_scale = step.loss_scale, noted
     try:
-        result = train(_context(rank, world, folder, stage), task, loader, config=CONFIG, label="toy")
+        result = train(ctx, task, loader, config=CONFIG, label="toy")
     except Interrupted:
-        return {"losses": [], "weights": {}, "fired": True}
-    return {"losses": result.losses, "weights": task.module.state_dict(), "fired": False}
+        return {"fired": True}
+    finally:
+        step.loss_scale = usual
+    return {"losses": result.losses, "weights": task.module.state_dict(), "fired": False, "scales": scales}
 
 
 def _plain_torch() -> list[float]:
@@ -49,7 +72,10 @@ def _plain_torch() -> list[float]:
     module = copy.deepcopy(task.module)
     matrices = [p for p in module.parameters() if p.ndim >= 2]
     vectors = [p for p in module.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": CONFIG.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": CONFIG.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=CONFIG.betas)
     context = StageContext.local(ArtifactStore("unused"), "/tmp", stage="toy", seed=3)
     losses: list[float] = []
@@ -65,9 +91,11 @@ def _plain_torch() -> list[float]:
             total.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), CONFIG.clip_norm)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(CONFIG, len(losses), CONFIG.epochs * loader.steps_per_epoch)
+                group["lr"] = CONFIG.learning_rate * schedule(
+                    CONFIG, len(losses), CONFIG.epochs * loader.steps_per_epoch
+                )
             optimizer.step()
-            losses.append(float(total))
+            losses.append(float(total.detach()))
     return losses
 
 
@@ -82,8 +110,15 @@ def test_losses_equal_plain_torch(stage: int, world: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("before", "after"), [((1, 2), (1, 2)), ((2, 3), (2, 3)), ((1, 2), (3, 1)), ((3, 2), (0, 1))])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, 2), (1, 2)), ((2, 3), (2, 3)), ((3, 2), (3, 2)),
+        ((1, 2), (3, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 3)), ((3, 2), (1, 3)), ((1, 3), (3, 2)), ((3, 2), (0, 1)),
+    ],
+)  # fmt: skip
 def test_resume(before: tuple[int, int], after: tuple[int, int], tmp_path: Path) -> None:
+    """(ZeRO stage, ranks) of a run that is cut off, and of the one that goes on with it."""
     (stage0, world0), (stage1, world1) = before, after
     whole = run_ranks(_train, world0, str(tmp_path / "whole"), stage0)[0]
     cut = run_ranks(_train, world0, str(tmp_path / "cut"), stage0, 8)
@@ -98,6 +133,31 @@ def test_resume(before: tuple[int, int], after: tuple[int, int], tmp_path: Path)
             assert torch.equal(weight, resumed["weights"][name]), name
     else:
         torch.testing.assert_close(torch.tensor(resumed["losses"]), torch.tensor(tail), rtol=1e-5, atol=0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 2), (1, 2)), ((1, 1), (2, 2)), ((2, 2), (3, 1)), ((3, 2), (1, 1))]
+)
+def test_resume_in_fp16_with_its_loss_scale(
+    before: tuple[int, int], after: tuple[int, int], tmp_path: Path
+) -> None:
+    """The scale has fallen several times before the cut, and rises again after it: every second good step."""
+    half = {"precision": "float16", "loss_scale_power": 24, "loss_scale_window": 2}
+    (stage0, world0), (stage1, world1) = before, after
+    whole = run_ranks(_train, world0, str(tmp_path / "whole"), stage0, 0, half)[0]
+    assert all(r["fired"] for r in run_ranks(_train, world0, str(tmp_path / "cut"), stage0, 14, half))
+    resumed = run_ranks(_train, world1, str(tmp_path / "cut"), stage1, 0, half)[0]
+    number = len(resumed["losses"])
+    assert 0 < number < 20
+    assert resumed["scales"] == whole["scales"][-number:]
+    assert len(set(resumed["scales"])) > 1, "the scale did not change after the cut"
+    assert max(whole["scales"]) > max(resumed["scales"])
+    if before == after:
+        assert resumed["losses"] == whole["losses"][-number:]
+    else:
+        tail = torch.tensor(whole["losses"][-number:])
+        torch.testing.assert_close(torch.tensor(resumed["losses"]), tail, rtol=0.01, atol=0.01)
 
 
 def _nan(rank: int, world: int, folder: str) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import atexit
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -53,15 +54,20 @@ class _Ranks:
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((fn, args))
-        results = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(_TIMEOUT_S):
-                raise RankError(f"rank {rank} of {self.world} did not answer within {_TIMEOUT_S} s")
-            result, error = pipe.recv()
-            if error is not None:
-                raise RankError(f"rank {rank} of {self.world}:\n{error}")
-            results.append(result)
-        return results
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + _TIMEOUT_S
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        while waiting:
+            # Whoever raises leaves the others waiting for it: its error is the one to show.
+            for pipe in wait(list(waiting), timeout=max(deadline - time.monotonic(), 0)) or ():
+                rank = waiting.pop(pipe)
+                results[rank], error = pipe.recv()
+                if error is not None:
+                    raise RankError(f"rank {rank} of {self.world}:\n{error}")
+            if waiting and time.monotonic() > deadline:
+                late = sorted(waiting.values())
+                raise RankError(f"ranks {late} of {self.world} did not answer within {_TIMEOUT_S} s")
+        return [results[rank] for rank in range(self.world)]
 
     def stop(self) -> None:
         for process in self.processes:

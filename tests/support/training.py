@@ -28,7 +28,9 @@ class ToyTask:
 
     def loss(self, module: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         x, y, mask = batch
-        return (((module(x) - y) ** 2).sum(1, keepdim=True) * mask).sum()
+        inner = module.module if hasattr(module, "module") else module  # DeepSpeed's engine holds it
+        kind = next(inner.parameters()).dtype
+        return (((module(x.to(kind)).float() - y) ** 2).sum(1, keepdim=True) * mask).sum()
 
 
 class ToyLoader:

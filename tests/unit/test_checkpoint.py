@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qbrec.engine.checkpoint import load_latest, save_checkpoint
+from qbrec.engine.checkpoint import Checkpoints, Snapshot
 from qbrec.engine.context import StageContext
 from qbrec.errors import CheckpointError
 from qbrec.storage.artifact import ArtifactStore
@@ -19,16 +19,20 @@ def ctx(tmp_path: Path) -> StageContext:
     return StageContext.local(ArtifactStore(tmp_path), tmp_path / "run", stage="toy", key="k" * 64)
 
 
-def _save(ctx: StageContext, step: int, *, keep: int = 9, best_step: int | None = None) -> None:
-    save_checkpoint(
-        ctx,
+def _save(
+    ctx: StageContext, step: int, *, keep: int = 9, keep_every: int = 0, best_step: int | None = None
+) -> None:
+    snapshot = Snapshot(
         step=step,
         weights={"w": torch.full((3,), float(step))},
         moments={"exp_avg.w": torch.zeros(3), "exp_avg_sq.w": torch.ones(3)},
         meta={"finished": False, "best_step": best_step, "waited": 0, "curve": []},
-        keep=keep,
-        best_step=best_step,
     )
+    Checkpoints(ctx, keep=keep, keep_every=keep_every).save(snapshot, best_step=best_step)
+
+
+def load_latest(ctx: StageContext) -> Snapshot | None:
+    return Checkpoints(ctx, keep=9).load_latest()
 
 
 def _damage(ctx: StageContext, step: int) -> None:
@@ -77,3 +81,9 @@ def test_retention_keeps_the_last_and_the_best(ctx: StageContext) -> None:
         _save(ctx, step, keep=2, best_step=2 if step >= 2 else None)
     kept = sorted(p.name for p in ctx.checkpoint_dir.iterdir())
     assert kept == ["step-2", "step-5", "step-6"]
+
+
+def test_retention_keeps_multiples_for_good(ctx: StageContext) -> None:
+    for step in range(1, 10):
+        _save(ctx, step, keep=1, keep_every=4)
+    assert sorted(p.name for p in ctx.checkpoint_dir.iterdir()) == ["step-4", "step-8", "step-9"]

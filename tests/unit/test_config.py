@@ -38,6 +38,8 @@ def test_a_misspelt_key_inside_a_domain_names_the_nearest() -> None:
         ("fusion.width=wide", "fusion.width"),
         ("fusion.width=0", "fusion.width"),
         ("compute.zero_stage=4", "zero_stage"),
+        ("compute.num_workers=[3,2]", r"compute\.num_workers: .* may not exceed"),
+        ("compute.num_workers=[2]", r"compute\.num_workers"),
         ("run.name=../evil", "run.name"),
         ("fusion.width=30", "multiple of heads"),
         ("sequence.masks.span=1.5", "span"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qbrec.fusion.loss import FUSED, count_anchors, multi_view_loss, pair_weights, view_pairs
+from qbrec.fusion.loss import FUSED, GroupViews, count_anchors, multi_view_loss, pair_weights, view_pairs
 from qbrec.fusion.model import ModalitySpec
 
 SPECS = (
@@ -33,7 +33,13 @@ def _group(size: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
 def _loss(
     group: dict[str, torch.Tensor], weights: tuple[float, ...] = WEIGHTS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return multi_view_loss(**group, pairs=PAIRS, weights=weights, temperature=0.2)
+    whole = _views(group, slice(None))
+    return multi_view_loss(whole, whole, first=0, pairs=PAIRS, weights=weights, temperature=0.2)
+
+
+def _views(group: dict[str, torch.Tensor], part: slice) -> GroupViews:
+    vectors = torch.cat([group["views"], group["fused"][None]])
+    return GroupViews(vectors[:, part], group["present"][part], group["content"][part])
 
 
 def _brute(group: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -112,3 +118,22 @@ def test_equal_content_is_no_negative() -> None:
     group = _group()
     group["content"][:] = 1
     assert float(_loss(group)[0]) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 6])
+def test_parts_of_a_group_add_up_to_its_loss_and_gradient(cut: int) -> None:
+    results = []
+    for parts in ([slice(0, 12)], [slice(0, cut), slice(cut, 12)]):
+        group = _group(seed=2)
+        group["fused"].requires_grad_()
+        whole = _views(group, slice(None))
+        total = torch.zeros(())
+        for part in parts:
+            own = _views(group, part)
+            loss, _ = multi_view_loss(
+                own, whole, first=part.start, pairs=PAIRS, weights=WEIGHTS, temperature=0.2
+            )
+            total = total + loss
+        total.backward()
+        results.append((total.detach(), group["fused"].grad))
+    torch.testing.assert_close(results[1], results[0])

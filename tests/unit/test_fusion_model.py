@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qbrec.engine.mixing import hashed_normal
 from qbrec.fusion.batches import Collator, Dropout, content_numbers
 from qbrec.fusion.model import FusionBatch, FusionModel, ModalitySpec, align
 from qbrec.storage.ragged import Ragged
@@ -24,7 +25,7 @@ STATISTICS = {
 }
 
 
-def _model(*, depth: int = 3, num_rows: int = 20) -> FusionModel:
+def _model(*, depth: int = 3, hashed_rows: bool = False) -> FusionModel:
     torch.manual_seed(0)
     return FusionModel(
         SPECS,
@@ -32,7 +33,7 @@ def _model(*, depth: int = 3, num_rows: int = 20) -> FusionModel:
         depth=depth,
         heads=2,
         alignment_temperature=0.1,
-        num_rows=num_rows,
+        hashed_rows=hashed_rows,
         statistics=STATISTICS,
     )
 
@@ -52,7 +53,9 @@ def _batch(size: int = 20, *, dropout: Dropout | None = None, epoch: int = 0, se
     behaviour = np.random.default_rng(5).standard_normal((size, 5)).astype(np.float16)
     behaviour[::3] = 0
     collate = Collator(SPECS, behaviour=behaviour, own_rows=True, dropout=dropout)
-    return collate(_fields(size, seed), np.arange(size), epoch)
+    batch = collate(_fields(size, seed), np.arange(size), epoch)
+    table = 0.02 * torch.randn(size, 16, generator=torch.Generator().manual_seed(7))
+    return replace(batch, own=table[batch.rows] * (batch.rows >= 0)[:, None])
 
 
 def test_alignment_is_the_formula_of_the_paper() -> None:
@@ -83,12 +86,11 @@ def test_soft_gate_weighs_each_block_by_the_product_of_the_gates_before_it() -> 
 
 def test_hard_gate_stops_items_one_by_one() -> None:
     model, batch = _model(depth=4), _batch()
-    assert model.id_rows is not None
     for gate in model.gates:
         torch.nn.init.normal_(gate[1].weight, std=3.0)
         torch.nn.init.normal_(gate[3].weight, std=1.0)
         gate[3].bias.data.fill_(1.0)
-    torch.nn.init.normal_(model.id_rows.weight)  # states that differ enough for gates to disagree
+    batch = replace(batch, own=torch.randn(20, 16))  # states that differ enough for gates to disagree
     fused, depth, _ = model.embed(batch)
     assert len(set(depth.tolist())) > 2, "items must leave at different depths for this test to say something"
     with torch.no_grad():
@@ -154,7 +156,7 @@ def test_items_do_not_see_each_other() -> None:
     model, batch = _model(), _batch()
     whole = model.embed(batch)[0]
     single = Collator(SPECS, behaviour=None, own_rows=True, dropout=None)(_fields(), np.arange(20), 0)
-    part = model.embed(replace(single, visible=single.visible))[0]
+    part = model.embed(replace(single, own=batch.own))[0]
     absent = ~batch.present[:, 3]
     torch.testing.assert_close(whole[absent], part[absent])
 
@@ -189,10 +191,28 @@ def test_dropout_is_a_function_of_sample_and_epoch() -> None:
     assert not collate(fields, samples, 4).rows.equal(whole.rows)
 
 
-@pytest.mark.parametrize("num_rows", [0, 20])
-def test_every_parameter_gets_a_gradient(num_rows: int) -> None:
-    model, batch = _model(num_rows=num_rows), _batch(dropout=Dropout(0.3, 0.2, seed=1))
+@pytest.mark.parametrize("hashed_rows", [False, True])
+def test_every_parameter_gets_a_gradient(hashed_rows: bool) -> None:
+    model, batch = _model(hashed_rows=hashed_rows), _batch(dropout=Dropout(0.3, 0.2, seed=1))
+    assert batch.own is not None
+    batch.own.requires_grad_()
     fused, views, _ = model(batch)
     weight = torch.randn(16)
     ((fused * weight).sum() + views.pow(2).sum()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    if hashed_rows:
+        assert batch.own.grad is None
+    else:
+        assert (batch.own.grad.abs().sum(1) > 0).equal(batch.rows >= 0)
+
+
+def test_hashed_rows_are_those_of_the_item_in_any_batch() -> None:
+    model, batch = _model(hashed_rows=True), _batch()
+    few = replace(_batch(seed=0), rows=batch.rows.flip(0))
+    queries = hashed_normal(torch.arange(4000), 33)
+    assert torch.equal(hashed_normal(torch.tensor([3999, 7]), 33), queries[[3999, 7]])
+    assert abs(float(queries.mean())) < 0.01
+    assert abs(float(queries.std()) - 1) < 0.01
+    correlation = torch.corrcoef(queries.T) - torch.eye(33)
+    assert float(correlation.abs().max()) < 0.1
+    assert not torch.allclose(model(batch)[0], model(few)[0])

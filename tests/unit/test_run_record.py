@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qbrec.config import RootConfig, load_config
-from qbrec.engine.checkpoint import save_checkpoint
+from qbrec.engine.checkpoint import Checkpoints, Snapshot
 from qbrec.engine.context import StageContext
 from qbrec.errors import ConfigError, LaunchError
 from qbrec.run_record import RunRecord, run_directory
@@ -57,7 +57,7 @@ def test_a_worker_that_outlived_its_driver_writes_nothing(tmp_path: Path) -> Non
         lambda: late.log_metrics(2, {"loss": 0.5}),
         late.writer,
         lambda: late.commit(ArtifactStore(tmp_path).writer("stage", "0" * 64), meta={}, inputs={}),
-        lambda: save_checkpoint(late, step=1, weights={}, moments={}, meta={}, keep=1, best_step=None),
+        lambda: Checkpoints(late, keep=1).save(Snapshot(1, {}, {}, {}), best_step=None),
     ):
         with pytest.raises(LaunchError, match="taken over"):
             write()

@@ -16,7 +16,7 @@ from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.sequence.encoder import Block, SequenceEncoder
 from qbrec.sequence.masks import draw_masks
 from qbrec.sequence.objective import Candidates, item_loss
-from qbrec.sequence.packing import PackedHistories, pack, token_layout
+from qbrec.sequence.packing import HiddenCodes, PackedHistories, pack, token_layout
 from qbrec.sequence.recommender import SequenceRecommender, load_encoder, save_encoder
 from qbrec.sequence.tasks import HistoryCollate, MaskedTask
 from qbrec.sequence.vocabulary import Vocabulary
@@ -76,12 +76,12 @@ def test_packed_histories_do_not_see_each_other(position: str) -> None:
     domains = [0, 1, 0, 1, 1, 0]
     batch, order = packed(rows, domains)
     hidden = masks_for(batch)
-    together = module(batch, hidden)
+    together = module(batch, HiddenCodes.find(hidden))
     ends = np.cumsum(batch.lengths.numpy())
     for place, index in enumerate(order.tolist()):
         span = slice(ends[place] - int(batch.lengths[place]), ends[place])
         alone, _ = packed(rows.take(np.array([index])), [domains[index]])
-        for level, scores in enumerate(module(alone, hidden[span])):
+        for level, scores in enumerate(module(alone, HiddenCodes.find(hidden[span]))):
             before = int(hidden[: span.start, level].sum())
             expected = together[level][before : before + len(scores)]
             torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
@@ -114,14 +114,14 @@ def test_hidden_codes_are_not_read_and_visible_ones_are() -> None:
     module = encoder()
     batch, _ = packed(histories([4, 6]))
     hidden = masks_for(batch, partial=0.5)
-    reference = torch.cat([scores.reshape(-1) for scores in module(batch, hidden)])
+    reference = torch.cat([scores.reshape(-1) for scores in module(batch, HiddenCodes.find(hidden))])
 
     def with_codes(change: torch.Tensor) -> torch.Tensor:
         codes = torch.where(change, (batch.codes + 1) % torch.tensor(LEVELS), batch.codes)
         changed = PackedHistories(
             batch.rows, codes, batch.lengths, batch.domains, batch.samples, batch.groups
         )
-        return torch.cat([scores.reshape(-1) for scores in module(changed, hidden)])
+        return torch.cat([scores.reshape(-1) for scores in module(changed, HiddenCodes.find(hidden))])
 
     assert torch.equal(with_codes(hidden), reference)
     assert not torch.equal(with_codes(~hidden), reference)
@@ -143,7 +143,7 @@ def test_outputs_cover_the_own_level_only() -> None:
     module = encoder()
     batch, _ = packed(histories([5, 5]))
     hidden = masks_for(batch)
-    scores = module(batch, hidden)
+    scores = module(batch, HiddenCodes.find(hidden))
     assert [tuple(s.shape) for s in scores] == [
         (int(hidden[:, level].sum()), k) for level, k in enumerate(LEVELS)
     ]
@@ -177,7 +177,7 @@ def test_loss_is_plain_cross_entropy_of_the_hidden_codes() -> None:
         prepared, _ = task.prepare(batch, torch.device("cpu"))
         expected = 0.0
         for level, scores in enumerate(module(prepared.histories, prepared.hidden)):
-            targets = prepared.histories.codes[:, level][prepared.hidden[:, level]]
+            targets = prepared.histories.codes[:, level][prepared.hidden.mask[:, level]]
             one_hot = functional.one_hot(targets, LEVELS[level]) * (1 - smoothing) + smoothing / LEVELS[level]
             expected -= float((one_hot * scores.detach().log_softmax(-1)).sum())
         assert float(task.loss(module, prepared).detach()) == pytest.approx(expected, rel=1e-5)
@@ -287,7 +287,9 @@ def brute_force_item_loss(logits: list[torch.Tensor], target: int) -> float:
     return float(-log_probs.log_softmax(0)[target])
 
 
-def item_loss_of(logits: list[torch.Tensor], target: int, rows: torch.Tensor, log_weight: float) -> float:
+def item_loss_of(
+    logits: list[torch.Tensor], target: int, rows: torch.Tensor, log_weight: torch.Tensor | None
+) -> float:
     codes = torch.from_numpy(IDS.astype(np.int64))
     return float(
         item_loss(
@@ -305,7 +307,7 @@ def test_item_loss_is_a_softmax_over_all_items() -> None:
     torch.manual_seed(0)
     logits = [torch.randn(k) for k in LEVELS]
     for target in (0, 17, 39):
-        ours = item_loss_of(logits, target, torch.arange(len(IDS)), 0.0)
+        ours = item_loss_of(logits, target, torch.arange(len(IDS)), None)
         assert ours == pytest.approx(brute_force_item_loss(logits, target), rel=1e-5)
 
 
@@ -333,7 +335,7 @@ def test_candidates_are_drawn_anew_and_reach_the_whole_pool() -> None:
     assert not torch.equal(first, candidates.draw(torch.tensor([3, 5]), epoch=0)[0])
     seen = torch.cat([candidates.draw(torch.tensor([3]), epoch=epoch)[0] for epoch in range(60)])
     assert torch.equal(torch.unique(seen), pool)
-    assert Candidates(pool, count=40, seed=1).draw(torch.tensor([3]), epoch=0)[1] == 0.0
+    assert Candidates(pool, count=40, seed=1).draw(torch.tensor([3]), epoch=0)[1] is None
 
 
 def test_item_weight_adds_the_loss_of_wholly_hidden_items() -> None:
@@ -346,7 +348,7 @@ def test_item_weight_adds_the_loss_of_wholly_hidden_items() -> None:
         losses.append(float(task.loss(module, prepared).detach()))
     expected = 0.0
     logits = module(prepared.histories, prepared.hidden)
-    for place, row in enumerate(prepared.histories.rows[prepared.hidden[:, 0]].tolist()):
+    for place, row in enumerate(prepared.histories.rows[prepared.hidden.mask[:, 0]].tolist()):
         expected += len(LEVELS) * brute_force_item_loss([scores[place].detach() for scores in logits], row)
     assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
     assert losses[2] - losses[0] == pytest.approx(2 * expected, rel=1e-4)

@@ -19,7 +19,7 @@ from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.sequence import stage
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.masks import draw_masks
-from qbrec.sequence.packing import pack
+from qbrec.sequence.packing import HiddenCodes, pack
 from qbrec.sequence.recommender import SequenceRecommender
 from qbrec.sequence.tasks import HistoryCollate, id_table
 from qbrec.sequence.vocabulary import Vocabulary
@@ -240,9 +240,9 @@ def test_no_hidden_item_shows_through_its_modality_codes(several: Artifact, part
         assert not hidden[:, 0].any()
         assert hidden[some, 1].any(), "the ID itself is hidden in part at times"
     with torch.no_grad():
-        want = module(batch, hidden)
+        want = module(batch, HiddenCodes.find(hidden))
         wrong = (batch.codes + 1) % torch.tensor(table.sizes)
         batch.codes[hidden] = wrong[hidden]
-        got = module(batch, hidden)
+        got = module(batch, HiddenCodes.find(hidden))
     for a, b in zip(want, got, strict=True):
         assert torch.equal(a, b)

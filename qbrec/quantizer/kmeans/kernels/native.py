@@ -31,7 +31,7 @@ def fast(function: Kernel) -> Kernel:
 
 @compiled
 def gather_flagged(flags: NDArray[np.uint8], words: NDArray[np.uint64], found: NDArray[np.int64]) -> int:
-    """Write the places of the flags that are 1 to `found` and tell how many; `words` are the flags by eights."""
+    """Write the places of flags that are 1 to `found` and tell how many; `words` are the flags by eights."""
     n = 0
     for w in range(len(words)):
         if words[w] != 0:

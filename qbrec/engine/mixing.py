@@ -1,0 +1,46 @@
+"""Counter-based randomness on the device: hashes of 64-bit counters, in torch's int64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def signed(value: int) -> int:
+    """The 64 bits of `value` as int64, because torch has no arithmetic on uint64."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+GOLDEN, _MIX_1, _MIX_2 = (
+    signed(constant) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014) of int64 numbers."""
+    # int64 multiplication wraps as it should; shifts are made logical by masking.
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def hashed_normal(rows: Tensor, width: int) -> Tensor:
+    """Vectors that are N(0, 1) and a pure function of the row, in every process and on every device.
+
+    Args:
+        rows: int64 [B].
+        width: D.
+
+    Returns:
+        float32 [B, D].
+    """
+    place = torch.arange(-(-width // 2), device=rows.device)
+    bits = mix(mix(rows * GOLDEN + 1)[:, None] + place * GOLDEN)
+    # Box-Muller (1958) over two uniform numbers of 24 bits each, which float32 holds exactly.
+    first = ((bits >> 40) & 0xFFFFFF).to(torch.float32).add(1.0) * 2.0**-24
+    angle = ((bits >> 8) & 0xFFFFFF).to(torch.float32) * (2.0**-24 * 2 * math.pi)
+    length = (-2 * first.log()).sqrt()
+    return torch.cat([length * angle.cos(), length * angle.sin()], dim=1)[:, :width]
