@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -49,12 +49,15 @@ class Pipeline:
 
     def __enter__(self) -> Self:
         from qbrec.engine.launch import process_group, resolve_launcher
+        from qbrec.engine.preemption import stop_on_sigterm
         from qbrec.tracking.tracker import Tracker
 
         torchrun = resolve_launcher(self.config) == "torchrun"
         self._main = not torchrun or os.environ.get("RANK", "0") == "0"
-        self._group = process_group(self.config) if torchrun else nullcontext()
-        self._group.__enter__()
+        self._held = ExitStack()
+        self._held.enter_context(stop_on_sigterm())
+        if torchrun:
+            self._held.enter_context(process_group(self.config))
         self._torchrun = torchrun
         with self._on_main():
             if self._main:
@@ -69,7 +72,7 @@ class Pipeline:
         if self._main and hasattr(self, "tracker"):
             self.tracker.finish("FINISHED" if kind is None else "FAILED")
             self.record.close()
-        self._group.__exit__(kind, error, trace)
+        self._held.__exit__(kind, error, trace)
 
     @property
     def is_main(self) -> bool:

@@ -15,6 +15,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "The whole road: catalog to registered model and report."),
     "synth": ("synth", "Write a synthetic catalogue with a known truth."),
     "import": ("importer", "Write the input contract from Amazon Reviews, MovieLens or CSV."),
+    "plan": ("plan", "Memory, disk, steps and hours that a run of a given size needs."),
     "catalog": ("stages", "Stage 0: validate, index, encode, group users."),
     "append": ("append", "Add, change and retire items of a finished catalogue."),
     "fuse": ("stages", "Stage 1: one fused vector per item."),
@@ -66,7 +67,8 @@ def cli() -> None:
       qbrec run --set data.domains.demo.items=data/demo/items.parquet \\
                 --set data.domains.demo.interactions=data/demo/interactions.parquet
 
-    Exit codes: 0 ok, 2 configuration, 3 data, 4 checkpoint, 5 cluster or registry, 6 a gate said no.
+    Exit codes: 0 ok, 2 configuration, 3 data, 4 checkpoint, 5 cluster or registry, 6 a gate said no,
+    143 stopped by SIGTERM after a checkpoint.
     """
 
 

@@ -30,14 +30,12 @@ class Route:
 
     Attributes:
         inverse: int64 [n], for each id asked for its place among the distinct ones of this rank.
-        num_distinct: Distinct rows that this rank asked for.
         sent: Distinct rows asked of each rank, W numbers.
         received: Rows that each rank asks of this one, W numbers.
         local: int64 [Σ received], these rows counted from the first that this rank owns.
     """
 
     inverse: Tensor
-    num_distinct: int
     sent: list[int]
     received: list[int]
     local: Tensor
@@ -104,7 +102,7 @@ class ShardedRows:
         """
         distinct, inverse = torch.unique(ids, return_inverse=True)
         if self.world == 1:
-            return Route(inverse, len(distinct), [len(distinct)], [len(distinct)], distinct)
+            return Route(inverse, [len(distinct)], [len(distinct)], distinct)
         # Sorted ids are grouped by owner already, because owners hold ranges.
         bounds = torch.tensor(self._bounds, dtype=torch.int64, device=ids.device)
         sent = torch.searchsorted(distinct, bounds).diff()
@@ -112,7 +110,7 @@ class ShardedRows:
         dist.all_to_all_single(received, sent)
         sent_list, received_list = sent.tolist(), received.tolist()
         asked = self._exchange(distinct, received_list, sent_list)
-        return Route(inverse, len(distinct), sent_list, received_list, asked - self.first)
+        return Route(inverse, sent_list, received_list, asked - self.first)
 
     def lookup(self, route: Route) -> Tensor:
         """Vectors [n, D] of the ids that the route was made for."""
@@ -139,14 +137,13 @@ class ShardedRows:
         """
         if not wanted:
             return False
-        summed = gradients.new_zeros(route.num_distinct, self.width, dtype=torch.float32)
-        summed.index_add_(0, route.inverse, gradients.float())
+        summed = _sum_by(route.inverse, gradients.float())
         rows = route.local
         if self.world > 1:
             # Several ranks may have used one row.
             rows, place = torch.unique(rows, return_inverse=True)
             arrived = self._exchange(summed, route.received, route.sent)
-            summed = arrived.new_zeros(len(rows), self.width).index_add_(0, place, arrived)
+            summed = _sum_by(place, arrived)
         summed /= divisor
         squares = summed.square().sum(1)
         # One infinity or NaN makes a sum that is neither, too.
@@ -158,7 +155,7 @@ class ShardedRows:
         accumulated = self.accumulator[rows] + squares / self.width
         self.accumulator[rows] = accumulated
         step = learning_rate * shrink / (accumulated.sqrt() + _EPS)
-        self.rows.index_add_(0, rows, summed * -step[:, None])
+        self.rows.index_copy_(0, rows, self.rows[rows].addcmul_(summed, step[:, None], value=-1.0))
         return True
 
     def _exchange(self, values: Tensor, output: list[int], given: list[int]) -> Tensor:
@@ -166,6 +163,17 @@ class ShardedRows:
         arrived = values.new_empty(sum(output), *values.shape[1:])
         dist.all_to_all_single(arrived, values.contiguous(), output, given)
         return arrived
+
+
+def _sum_by(place: Tensor, values: Tensor) -> Tensor:
+    """Sums of the values [n, D] that have the same place, by place; every place from 0 on occurs."""
+    order = torch.argsort(place, stable=True)
+    repeats = torch.zeros_like(order, dtype=torch.bool)
+    repeats[1:] = place[order].diff() == 0
+    # Most rows occur once in a step, and on a CPU copying takes a tenth of adding.
+    summed = values[order[~repeats]]
+    again = order[repeats]
+    return summed.index_add_(0, place[again], values[again])
 
 
 def rows_file(first: int) -> str:

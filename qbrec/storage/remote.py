@@ -236,9 +236,7 @@ class RemoteFolder:
                     fix="run the same command again; if it stays, ask who else writes there",
                 )
         document = _sealed(manifest)
-        upload(
-            f"{self.uri}/{MANIFEST}", partial(io.BytesIO, document), tick=_unseen, patience=self.patience
-        )
+        upload(f"{self.uri}/{MANIFEST}", partial(io.BytesIO, document), tick=_unseen, patience=self.patience)
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
