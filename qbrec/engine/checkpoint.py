@@ -25,6 +25,7 @@ from qbrec.engine.remote_checkpoints import RemoteCheckpoints
 from qbrec.engine.rows import ShardedRows, rows_file
 from qbrec.errors import CheckpointError, DataError
 from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore, ArtifactWriter
+from qbrec.storage.cache import set_aside
 
 _PREFIX = "step-"
 
@@ -72,11 +73,12 @@ class Checkpoints:
         """
         ctx, path = self.ctx, self.directory / f"{_PREFIX}{snapshot.step}"
         writer = ArtifactWriter(path, kind="checkpoint", key=ctx.key)
-        # A step is deterministic: what is there is the same.
-        there = torch.tensor(int((path / MANIFEST).exists()), device=ctx.device)
+        # A step is deterministic: what is there and whole is the same.
+        there = torch.tensor(int(ctx.is_main and self._is_own_and_whole(snapshot.step)), device=ctx.device)
         if not int(ctx.broadcast(there)):
             if ctx.is_main:
                 ctx.check_owner()
+                (path / MANIFEST).unlink(missing_ok=True)  # damaged, or of an earlier configuration
                 writer.prepare()
             ctx.barrier()
             if self.rows is not None:
@@ -164,6 +166,14 @@ class Checkpoints:
         if self._remote is not None:
             self._remote.close()
 
+    def _is_own_and_whole(self, step: int) -> bool:
+        try:
+            artifact = self._open(step)
+            artifact.verify()
+        except DataError:
+            return False
+        return artifact.key == self.ctx.key
+
     def _own_steps(self) -> list[int]:
         """Steps of the finished checkpoints of this very stage, those of other configurations left out."""
         return [step for step in self.steps() if self._key_of(step) == self.ctx.key]
@@ -181,11 +191,15 @@ class Checkpoints:
         def permanent(step: int) -> bool:
             return step == best_step or (bool(self.keep_every) and step % self.keep_every == 0)
 
-        passing = [step for step in self.steps() if not permanent(step)]
+        # Not those of an earlier configuration: newer ones among them would push ours out.
+        passing = [step for step in self._own_steps() if not permanent(step)]
         for step in passing[: max(len(passing) - self.keep, 0)]:
             path: Path = self.directory / f"{_PREFIX}{step}"
             if self._remote is not None and self._remote.uploading == path:
                 continue  # the next checkpoint drops it
             # First the manifest: what is half deleted must not look like a checkpoint.
             (path / MANIFEST).unlink()
-            shutil.rmtree(path)
+            set_aside(path)
+        for path in self.directory.iterdir():
+            if not (path / MANIFEST).is_file():  # a death while writing or deleting left it
+                set_aside(path)

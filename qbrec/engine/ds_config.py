@@ -69,6 +69,7 @@ def deepspeed_config(compute: ComputeConfig, train: TrainConfig) -> dict[str, An
                 "weight_decay": train.weight_decay,
                 # DeepSpeed's fused CPU Adam needs a compiler at run time; torch's does not.
                 "torch_adam": True,
+                "fused": True,
                 "adam_w_mode": True,
             },
         },

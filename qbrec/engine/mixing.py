@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -25,6 +26,19 @@ def mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@functools.cache
+def stream(seed: int, epoch: int, purpose: int) -> int:
+    """Key of one stream of randomness: `mix` on the host, because a tensor of one number is slow to make."""
+
+    def mixed(x: int) -> int:
+        x &= (1 << 64) - 1
+        x = (x ^ (x >> 30)) * (_MIX_1 % (1 << 64)) & ((1 << 64) - 1)
+        x = (x ^ (x >> 27)) * (_MIX_2 % (1 << 64)) & ((1 << 64) - 1)
+        return x ^ (x >> 31)
+
+    return signed(mixed(mixed(seed + GOLDEN) + epoch * GOLDEN + purpose))
 
 
 def hashed_normal(rows: Tensor, width: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from qbrec.config.stages import SequenceConfig
-from qbrec.sequence.packing import PackedHistories, TokenLayout, token_layout
+from qbrec.sequence.packing import HiddenCodes, PackedHistories, TokenLayout, token_layout
 from qbrec.sequence.vocabulary import Vocabulary
 
 EMBEDDING_STD = 0.1
@@ -40,7 +40,7 @@ class SequenceEncoder(nn.Module):
         if config.position == "learned":
             self.positions = nn.Embedding(self.num_positions, width)
         self.item_projection = nn.Linear(width, width, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(width, heads=config.heads, dropout=config.dropout) for _ in range(config.layers)
         )
@@ -104,23 +104,21 @@ class SequenceEncoder(nn.Module):
                 self.tokens.weight.dtype
             )
 
-    def forward(self, batch: PackedHistories, hidden: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, batch: PackedHistories, hidden: HiddenCodes) -> list[torch.Tensor]:
         """Scores of the codes of every hidden token.
 
         Args:
             batch: Packed histories.
-            hidden: bool [S, L], True where a code must be predicted; its value in `batch.codes` is not read.
+            hidden: Which codes must be predicted; their values in `batch.codes` are not read.
 
         Returns:
-            Per level float32 [M_l, K_l], in the order of `hidden[:, l].nonzero()`.
+            Per level float32 [M_l, K_l], in the order of `hidden.items[l]`.
         """
         layout = token_layout(
             batch.lengths, num_items=len(batch.codes), num_levels=self.vocabulary.num_levels
         )
-        wanted = [
-            layout.item_tokens[:, level][hidden[:, level]] for level in range(self.vocabulary.num_levels)
-        ]
-        x = self._embed(batch, hidden, layout)
+        wanted = [layout.item_tokens[:, level][items] for level, items in enumerate(hidden.items)]
+        x = self._embed(batch, hidden.mask, layout)
         rotation = self._rotation(layout)
         groups = tuple((count, 1 + items * self.vocabulary.num_levels) for count, items in batch.groups)
         for block in self.blocks[:-1]:
@@ -159,13 +157,37 @@ class SequenceEncoder(nn.Module):
 
     def _logits(self, x: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
         """Per level float32 [M_l, K_l] from head outputs [ΣM_l, D]."""
-        starts = self.vocabulary.starts
-        logits = []
-        for level, rows in enumerate(x.split(counts)):
-            first, last = starts[level], starts[level + 1]
-            scores = functional.linear(rows, self.tokens.weight[first:last], self.code_bias[first:last])
-            logits.append(scores.float())
-        return logits
+        levels = self.vocabulary.levels
+        first, last = self.vocabulary.starts[0], self.vocabulary.starts[-1]
+        weights = self.tokens.weight[first:last].split(levels)
+        biases = self.code_bias[first:].split(levels)
+        return [
+            functional.linear(rows, weight, bias).float()
+            for rows, weight, bias in zip(x.split(counts), weights, biases, strict=True)
+        ]
+
+
+class Dropout(nn.Module):
+    """Dropout whose random bits are drawn four elements at a time on a CPU.
+
+    `torch.dropout` takes as long there as three products with a square matrix (width 256). The share dropped
+    is rounded to a multiple of 2^-16, and what is kept is scaled by exactly that.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x, a share of its elements set to 0 and the others scaled, while training."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return functional.dropout(x, self.share, self.training)
+        dropped = min(round(self.share * 2**16), 2**16 - 1)
+        if not self.training or not dropped:
+            return x
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 … 2^15 - 1
+        return x * (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class Block(nn.Module):
@@ -180,7 +202,7 @@ class Block(nn.Module):
         self.feed_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

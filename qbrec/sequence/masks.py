@@ -14,6 +14,7 @@ import math
 import torch
 
 from qbrec.config.stages import MaskConfig
+from qbrec.engine.mixing import GOLDEN, mix, signed, stream
 
 # Purposes: separate streams for separate decisions about one sample.
 (
@@ -36,25 +37,6 @@ SPAN, TAIL, MULTI_REGION = range(3)
 _STOP = 0.4
 
 
-def _signed(value: int) -> int:
-    """The 64 bits of `value` as int64, because torch has no arithmetic on uint64."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-_GOLDEN, _MIX_1, _MIX_2 = (
-    _signed(constant) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finaliser (Steele et al. 2014)."""
-    # int64 multiplication wraps as it should; shifts are made logical by masking.
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
 def uniform(
     samples: torch.Tensor, *, seed: int, epoch: int, purpose: int, index: torch.Tensor | int = 0
 ) -> torch.Tensor:
@@ -70,11 +52,9 @@ def uniform(
     Returns:
         float32 [n], multiples of 2^-24.
     """
-    run = torch.tensor([_signed(seed), epoch], dtype=torch.int64, device=samples.device)
-    key = _mix(_mix(run[:1] + _GOLDEN) + run[1:] * _GOLDEN + purpose)
-    key = _mix(key ^ _mix(samples * _GOLDEN + 1))
-    step = _signed((index + 1) * _GOLDEN) if isinstance(index, int) else (index + 1) * _GOLDEN
-    bits = _mix(key + step)
+    key = mix(mix(samples * GOLDEN + 1) ^ stream(seed, epoch, purpose))
+    step = signed((index + 1) * GOLDEN) if isinstance(index, int) else (index + 1) * GOLDEN
+    bits = mix(key + step)
     # The top 24 bits are exact in float32, so CPU and GPU agree to the bit.
     return ((bits >> 40) & ((1 << 24) - 1)).to(torch.float32) * 2.0**-24
 

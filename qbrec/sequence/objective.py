@@ -8,11 +8,12 @@ the paper: a sixth to a third more validation NDCG@10 after as many epochs on Am
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from qbrec.sequence.masks import CANDIDATES, uniform
@@ -23,7 +24,7 @@ class Candidates:
     """Items that the hidden one is told from: all of a pool, or a uniform sample of a large one.
 
     Attributes:
-        pool: int64 [P], item rows.
+        pool: int64 [P], item rows, ascending.
         count: Largest number of candidates of one micro-batch.
         seed: Seed of the random stream.
     """
@@ -32,15 +33,20 @@ class Candidates:
     count: int
     seed: int
 
-    def draw(self, samples: torch.Tensor, *, epoch: int) -> tuple[torch.Tensor, float]:
+    def __post_init__(self) -> None:
+        assert bool((self.pool[1:] > self.pool[:-1]).all()), "targets are looked up in the pool's order"
+
+    def draw(self, samples: torch.Tensor, *, epoch: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Candidates of the micro-batch that consists of `samples` int64 [B].
 
         Returns:
-            Item rows int64 [C] on the device of `samples`, and log of how many items each stands for.
+            Item rows int64 [C], ascending, on the device of `samples`, and float32 [C], log of how many items
+            each stands for: a row drawn twice stands for twice as many, its repetition for none. None: each
+            for itself.
         """
         pool = self.pool.to(samples.device)
         if len(pool) <= self.count:
-            return pool, 0.0
+            return pool, None
         # Which samples share a micro-batch does not depend on the world size, so their sum is a fit key.
         key = samples.sum().expand(self.count)
         index = torch.arange(self.count, device=samples.device)
@@ -48,7 +54,11 @@ class Candidates:
         fine = uniform(key, seed=self.seed, epoch=epoch, purpose=CANDIDATES, index=index + self.count)
         # 24 bits do not reach every row of a large pool; a second draw gives the digits below them.
         place = ((u.double() + fine.double() * 2.0**-24) * len(pool)).to(torch.int64).clamp(max=len(pool) - 1)
-        return pool[place], math.log(len(pool) / self.count)
+        place = place.sort().values
+        before = torch.searchsorted(place, place)
+        copies = torch.searchsorted(place, place, right=True) - before
+        stands_for = torch.where(before == index, copies * (len(pool) / self.count), 0.0)
+        return pool[place], stands_for.log()
 
 
 def level_loss(
@@ -75,7 +85,7 @@ def item_loss(
     target_rows: torch.Tensor,
     candidate_codes: torch.Tensor,
     candidate_rows: torch.Tensor,
-    log_weight: float,
+    log_weight: torch.Tensor | None,
 ) -> torch.Tensor:
     """Cross-entropy of the factorised score over items, summed over the wholly hidden items.
 
@@ -87,17 +97,68 @@ def item_loss(
         target_codes: int64 [M, L].
         target_rows: int64 [M].
         candidate_codes: int64 [C, L].
-        candidate_rows: int64 [C].
-        log_weight: Log of the number of items each candidate stands for.
+        candidate_rows: int64 [C], ascending.
+        log_weight: float32 [C], log of the number of items each candidate stands for (of a row that occurs
+            twice, -inf at the second place); None: one each.
     """
     own = torch.stack(
         [scores.gather(1, target_codes[:, level, None])[:, 0] for level, scores in enumerate(logits)]
     ).sum(0)  # [M]
-    starts = [0]
-    for scores in logits[:-1]:
-        starts.append(starts[-1] + scores.shape[1])
-    bags = candidate_codes + torch.tensor(starts, device=candidate_codes.device)  # [C, L] rows of the table
+    first, bags = 0, []
+    for level, scores in enumerate(logits):
+        bags.append(candidate_codes[:, level] + first)
+        first += scores.shape[1]
     table = torch.cat(list(logits), 1).t().contiguous()  # [Σ K_l, M]
-    others = functional.embedding_bag(bags, table, mode="sum").t()  # [M, C]
-    others = (others + log_weight).masked_fill(candidate_rows == target_rows[:, None], -torch.inf)
-    return (torch.logsumexp(torch.cat((own[:, None], others), 1), 1) - own).sum()
+    place = torch.searchsorted(candidate_rows, target_rows).clamp(max=len(candidate_rows) - 1)
+    there = candidate_rows[place] == target_rows
+    log_total = cast(
+        torch.Tensor,
+        _LogTotal.apply(table, own, torch.stack(bags, 1), log_weight, place, there),  # type: ignore[no-untyped-call]
+    )  # [M]
+    return (log_total - own).sum()
+
+
+class _LogTotal(torch.autograd.Function):
+    """log(exp(own) + Σ weight · exp(scores of the other candidates)) of every hidden item, float32 [M].
+
+    The scores are by far the largest array of a small model. Here there is one of them, turned in place into
+    what the way back reads; automatic differentiation writes and reads a dozen.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table: torch.Tensor,
+        own: torch.Tensor,
+        bags: torch.Tensor,
+        log_weight: torch.Tensor | None,
+        place: torch.Tensor,
+        there: torch.Tensor,
+    ) -> torch.Tensor:
+        """From code scores [Σ K_l, M], own scores [M], the candidates' rows of the table [C, L] and weights.
+
+        `there` [M] says whether the item itself is the candidate at `place` [M].
+        """
+        scores = functional.embedding_bag(bags, table, mode="sum")  # [C, M]
+        if log_weight is not None:
+            scores += log_weight[:, None]
+        column = torch.arange(len(own), device=own.device)
+        scores[place, column] = scores[place, column].masked_fill(there, -torch.inf)
+        peak = torch.maximum(scores.amax(0), own)
+        shares = scores.sub_(peak).exp_()
+        own_share = (own - peak).exp()
+        total = shares.sum(0) + own_share
+        ctx.save_for_backward(shares, bags, own_share, total)
+        ctx.num_codes = len(table)
+        return peak + total.log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Shares in the total: of every code, summed over its candidates, and the own ones."""
+        shares, bags, own_share, total = ctx.saved_tensors
+        table = shares.new_zeros(ctx.num_codes, shares.shape[1])
+        for rows in bags.unbind(1):
+            table.index_add_(0, rows, shares)
+        scale = gradient / total
+        return table.mul_(scale), own_share * scale, None, None, None, None

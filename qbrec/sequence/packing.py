@@ -103,6 +103,25 @@ class PackedHistories:
 
 
 @dataclass(frozen=True)
+class HiddenCodes:
+    """Which codes of a batch are hidden, and where: found once for the encoder and all losses.
+
+    Attributes:
+        mask: bool [S, L], True where hidden.
+        items: Per level int64 [M_l], the items (places in the batch) whose code of that level is hidden.
+    """
+
+    mask: torch.Tensor
+    items: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def find(cls, mask: torch.Tensor) -> HiddenCodes:
+        """From `mask` alone; waits for the device, so this belongs before the first forward of a step."""
+        counts: list[int] = mask.sum(0).tolist()
+        return cls(mask, mask.t().nonzero()[:, 1].split(counts))
+
+
+@dataclass(frozen=True)
 class TokenLayout:
     """Where every token of a packed batch lies. Each sequence is its domain token, then L tokens per item.
 

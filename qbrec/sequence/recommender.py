@@ -12,7 +12,7 @@ from torch.nn import functional
 from qbrec.config.stages import SequenceConfig
 from qbrec.errors import DataError
 from qbrec.sequence.encoder import SequenceEncoder
-from qbrec.sequence.packing import pack
+from qbrec.sequence.packing import HiddenCodes, pack
 from qbrec.sequence.tasks import id_table
 from qbrec.sequence.vocabulary import Vocabulary
 from qbrec.storage.artifact import Artifact, ArtifactWriter
@@ -101,8 +101,10 @@ class SequenceRecommender:
         packed, order = pack(asked, domains=domains, samples=np.arange(len(asked)))
         assert (order[1:] > order[:-1]).all(), "histories come sorted"
         batch = packed.to(self.device, self._table)
-        hidden = torch.zeros_like(batch.codes, dtype=torch.bool)
-        hidden[torch.cumsum(batch.lengths, 0) - 1] = True
+        last = torch.cumsum(batch.lengths, 0) - 1  # [B]
+        mask = torch.zeros_like(batch.codes, dtype=torch.bool)
+        mask[last] = True
+        hidden = HiddenCodes(mask, (last,) * self.module.vocabulary.num_levels)
         widest = max(self.module.vocabulary.levels)
         levels = [
             functional.pad(scores.log_softmax(-1), (0, widest - scores.shape[-1]), value=-torch.inf)

@@ -14,7 +14,7 @@ from qbrec.config.stages import MaskConfig
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.masks import draw_masks, prefix_lengths
 from qbrec.sequence.objective import Candidates, item_loss, level_loss
-from qbrec.sequence.packing import PackedHistories, PackedRows, pack
+from qbrec.sequence.packing import HiddenCodes, PackedHistories, PackedRows, pack
 from qbrec.storage.block_reader import Fields, RaggedField
 from qbrec.storage.ragged import Ragged
 
@@ -64,10 +64,18 @@ class HistoryCollate:
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """A prepared micro-batch: histories, what is hidden of them (bool [S, L]), and its epoch."""
+    """A prepared micro-batch.
+
+    Attributes:
+        histories: What is read.
+        hidden: What is hidden of it.
+        whole: int64 [M], the items all of whose codes are hidden.
+        epoch: Its epoch.
+    """
 
     histories: PackedHistories
-    hidden: torch.Tensor
+    hidden: HiddenCodes
+    whole: torch.Tensor
     epoch: int
 
 
@@ -110,7 +118,7 @@ class MaskedTask:
         if self._table.device != device:
             self._table = self._table.to(device)
         histories = batch.to(device, self._table)
-        hidden = draw_masks(
+        mask = draw_masks(
             histories.lengths,
             histories.samples,
             self.masks,
@@ -118,13 +126,15 @@ class MaskedTask:
             seed=self.seed,
             epoch=batch.epoch,
         )
-        return MaskedBatch(histories, hidden, batch.epoch), hidden.sum().to(torch.float32)
+        whole = mask.all(1).nonzero()[:, 0]
+        prepared = MaskedBatch(histories, HiddenCodes.find(mask), whole, batch.epoch)
+        return prepared, mask.sum().to(torch.float32)
 
     def loss(self, module: nn.Module, batch: MaskedBatch) -> torch.Tensor:
         """Loss over levels plus `item_weight` × loss over items, summed over hidden codes."""
         logits = module(batch.histories, batch.hidden)
-        hidden, codes = batch.hidden, batch.histories.codes
-        targets = [codes[:, level][hidden[:, level]] for level in range(self.num_levels)]
+        codes = batch.histories.codes
+        targets = [codes[:, level][items] for level, items in enumerate(batch.hidden.items)]
         total = level_loss(logits, targets, label_smoothing=self.label_smoothing)
         if self.item_weight > 0:
             # A hidden item counts as its L codes do, so that the weight means the same for any L.
@@ -132,11 +142,12 @@ class MaskedTask:
         return total
 
     def _item_loss(self, logits: list[torch.Tensor], batch: MaskedBatch) -> torch.Tensor:
-        histories, hidden = batch.histories, batch.hidden
-        whole = hidden.all(1)  # [S]
+        histories, whole = batch.histories, batch.whole
+        # An item's place among those whose code of a level is hidden.
+        rank = batch.hidden.mask.cumsum(0) - 1  # [S, L]
         rows, log_weight = self.candidates.draw(histories.samples, epoch=batch.epoch)
         return item_loss(
-            [scores[whole[hidden[:, level]]] for level, scores in enumerate(logits)],
+            [scores[rank[whole, level]] for level, scores in enumerate(logits)],
             target_codes=histories.codes[whole],
             target_rows=histories.rows[whole],
             candidate_codes=self._table[rows].to(torch.int64),

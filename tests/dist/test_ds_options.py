@@ -26,7 +26,8 @@ CONFIG = TrainConfig(epochs=3, batch_size=8, micro_batch=2, learning_rate=1e-2)
 def _context(rank: int, world: int, folder: str, compute: dict[str, Any]) -> StageContext:
     Path(folder).mkdir(parents=True, exist_ok=True)
     return StageContext(
-        store=ArtifactStore(folder), run_dir=Path(folder), stage="toy", key="k" * 64, seed=3, rank=rank, world=world,
+        store=ArtifactStore(folder), run_dir=Path(folder), stage="toy", key="k" * 64, seed=3,
+        rank=rank, world=world,
         compute=ComputeConfig(**{"device": "cpu", "precision": "float32", **compute}),
     )  # fmt: skip
 
@@ -73,7 +74,8 @@ def _facts(
 @pytest.mark.parametrize(
     ("compute", "schedule", "expected"),
     [
-        ({"zero_stage": 0}, {}, {"stage": 0, "partitions": "AdamW", "partitioned": False, "optimizer": "AdamW"}),
+        ({"zero_stage": 0}, {},
+         {"stage": 0, "partitions": "AdamW", "partitioned": False, "optimizer": "AdamW"}),
         ({"zero_stage": 1}, {}, {"stage": 1, "overlap": False}),
         ({"zero_stage": 2}, {}, {"stage": 2, "partitioned": False}),
         ({"zero_stage": 3}, {}, {"stage": 3, "partitioned": True}),

@@ -203,7 +203,7 @@ def test_a_stage_cut_off_while_embedding_does_not_train_again(tmp_path: Path) ->
 
 @pytest.mark.dist
 def test_a_group_shared_by_ranks_trains_as_on_one(tmp_path: Path) -> None:
-    """Groups of 64 in micro-batches of 16: whole on one rank, halves on two, quarters on four; short last ones."""
+    """Groups of 64 in micro-batches of 16: whole on one rank, halves on two, quarters on four."""
     train = {"epochs": 3, "evaluate_every": 3, "batch_size": 128, "micro_batch": 16, "learning_rate": 5e-3}
     make_catalog(tmp_path, num_items=150, num_users=100)
     one, two, four, apart = (

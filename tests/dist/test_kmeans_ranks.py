@@ -11,8 +11,8 @@ from torch import Tensor
 from qbrec.config import parse_config
 from qbrec.config.stages import QuantizerConfig
 from qbrec.engine.context import StageContext
-from qbrec.quantizer.kmeans.chunks import GRAIN, Shard, split_rows, standardise, stratified
 from qbrec.quantizer.fit import fit_codebooks
+from qbrec.quantizer.kmeans.chunks import GRAIN, Shard, split_rows, standardise, stratified
 from qbrec.quantizer.kmeans.fit import fit_kmeans
 from qbrec.quantizer.kmeans.lloyd import lloyd
 from qbrec.quantizer.rvq import encode, prefix_errors

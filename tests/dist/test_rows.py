@@ -28,7 +28,8 @@ def _context(rank: int, world: int, folder: str, **compute: Any) -> StageContext
     Path(folder).mkdir(parents=True, exist_ok=True)
     settings = {"device": "cpu", "precision": "float32", **compute}
     return StageContext(
-        store=ArtifactStore(folder), run_dir=Path(folder), stage="rows", key="k" * 64, seed=3, rank=rank, world=world,
+        store=ArtifactStore(folder), run_dir=Path(folder), stage="rows", key="k" * 64, seed=3,
+        rank=rank, world=world,
         compute=ComputeConfig(**settings),
     )  # fmt: skip
 

@@ -113,8 +113,8 @@ def test_losses_equal_plain_torch(stage: int, world: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((1, 2), (1, 2)), ((2, 3), (2, 3)), ((3, 2), (3, 2)),
-        ((1, 2), (3, 1)), ((1, 1), (2, 2)), ((2, 2), (1, 3)), ((3, 2), (1, 3)), ((1, 3), (3, 2)), ((3, 2), (0, 1)),
+        ((1, 2), (1, 2)), ((2, 3), (2, 3)), ((3, 2), (3, 2)), ((1, 2), (3, 1)),
+        ((1, 1), (2, 2)), ((2, 2), (1, 3)), ((3, 2), (1, 3)), ((1, 3), (3, 2)), ((3, 2), (0, 1)),
     ],
 )  # fmt: skip
 def test_resume(before: tuple[int, int], after: tuple[int, int], tmp_path: Path) -> None:
