@@ -86,7 +86,7 @@ def plain_torch(
         {"params": [p for p in module.parameters() if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in module.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, eps=1e-8, fused=True)
     seconds, losses = [], []
     for number, step in enumerate(steps):
         began = time.perf_counter()

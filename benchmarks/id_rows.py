@@ -181,10 +181,10 @@ def main() -> None:
         moved = int((table.accumulator > 0).sum())
         print(f"{args.rows:,} rows x {width}: made in {large.made_s:.1f} s, {moved:,} rows moved")
         print(f"bytes a row: {large.bytes_per_row:.0f} resident, {table.local_bytes / args.rows:.0f} counted")
-    median = {name: statistics.median(rounds) for name, rounds in times.items()}
-    step = median["step, large table"] / median["step, small table"]
-    alone = median["rows alone, large"] / median["rows alone, small"]
-    dense = median["dense + Adam, small"] / median["rows alone, small"]
+    best = {name: min(rounds) for name, rounds in times.items()}  # whatever else runs only adds
+    step = best["step, large table"] / best["step, small table"]
+    alone = best["rows alone, large"] / best["rows alone, small"]
+    dense = best["dense + Adam, small"] / best["rows alone, small"]
     print(
         json.dumps(
             {

@@ -62,6 +62,7 @@ class Pipeline:
         with self._on_main():
             if self._main:
                 self.store.prepare()
+                self._refuse_known()
                 self.record = RunRecord.own(self.config, resume=self._resume)
                 self.tracker = Tracker(self.config, self.run_dir)
         return self
@@ -98,6 +99,7 @@ class Pipeline:
             found.verify()
             if self._main:
                 self.store.publish(found)
+                self._forget_copies(stage.name)
                 say(f"✓ {stage.name:<11} up to date  {_short(found.path)}")
                 self.tracker.reused(stage.name, found)
                 self.record.stages.setdefault(stage.name, {"seconds": 0.0})
@@ -148,15 +150,38 @@ class Pipeline:
                 if not stage.inputs:
                     self._check_sources(found)
                 self.store.publish(found)
+                self._forget_copies(stage.name)
             if record is not None:
                 record.complete(found)
         if self._main:
             seconds = time.monotonic() - start
             say(f"✓ {stage.name:<11} {seconds:6.1f} s    {_short(found.path)}")
             self.record.stages[stage.name] = {"seconds": round(seconds, 1)}
-            # What a finished stage would resume from is of no more use.
-            shutil.rmtree(self.run_dir / "checkpoints" / stage.name, ignore_errors=True)
         return found
+
+    def _refuse_known(self) -> None:
+        """`never` resume also means what the remote home has of a run of this name."""
+        from qbrec.engine.remote_checkpoints import has_copies
+
+        remote = self.config.run.remote
+        if self._resume == "never" and remote and has_copies(remote, run=self.run_dir.name):
+            raise ConfigError(
+                "the remote home has checkpoints of a run of this name",
+                where=f"{remote}/checkpoints/{self.run_dir.name}",
+                fix="choose another run.name, or delete that folder",
+            )
+
+    def _forget_copies(self, stage: str) -> None:
+        """What a finished stage would resume from is of no more use, here or remotely."""
+        from qbrec.engine.remote_checkpoints import forget_copies
+
+        shutil.rmtree(self.run_dir / "checkpoints" / stage, ignore_errors=True)
+        if self.config.run.remote is None:
+            return
+        try:
+            forget_copies(self.config.run.remote, run=self.run_dir.name, stage=stage)
+        except DataError as error:
+            say(f"warning: old copies of checkpoints stay in the remote home\n{error}")
 
     def _find(self, kind: str, key: str) -> Artifact | None:
         """The same answer on every rank: rank 0 alone asks the remote home, the others see its cache."""

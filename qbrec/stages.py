@@ -82,12 +82,15 @@ def _ranking(config: RootConfig) -> dict[str, Any]:
     return config.ranking.model_dump(mode="json", exclude={"chunk_items"})
 
 
+# When a loop writes checkpoints and how many it keeps changes nothing of what it learns.
+_CHECKPOINTS = ("checkpoint_every", "keep_checkpoints", "keep_every")
+
+
 def _dump(section: Any) -> dict[str, Any]:
-    # When a loop writes checkpoints and how many it keeps changes nothing of what it learns.
     def without(tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
-        return {k: without(v) for k, v in tree.items() if k not in ("checkpoint_every", "keep_checkpoints")}
+        return {k: without(v) for k, v in tree.items() if k not in _CHECKPOINTS}
 
     kept: dict[str, Any] = without(section.model_dump(mode="json"))
     return kept

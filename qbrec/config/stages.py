@@ -37,7 +37,8 @@ class FusionConfig(Section):
     heads: Positive = 4
     alignment_temperature: float = Field(default=0.07, gt=0)
     loss_temperature: float = Field(default=0.2, gt=0)
-    # Consecutive samples that are each other's negatives: a multiple of train.micro_batch, across ranks.
+    # Consecutive samples that are each other's negatives: a multiple of train.micro_batch. Ranks share it
+    # evenly if their number allows, at most in parts of a micro-batch; one rank alone runs it in one piece.
     group: Positive = 256
     # Query of an item: a learnt row of its own, one for all, or a random vector computed from its row.
     id_embedding: Literal["auto", "table", "shared", "hashed"] = "auto"

@@ -13,6 +13,7 @@ read, and removed by the next writer.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,28 +95,27 @@ class Checkpoints:
                     meta={**snapshot.meta, "step": snapshot.step}, inputs={}, config={}, seed=ctx.seed
                 )
         if ctx.is_main:
-            self._drop_old(best_step)
             if self._remote is not None:
-                self._remote.submit(path)
+                best = path if best_step is None else self.directory / f"{_PREFIX}{best_step}"
+                self._remote.submit(path, best)
+            self._drop_old(snapshot.step, best_step)
         ctx.barrier()
 
     def load_latest(self) -> Snapshot | None:
         """The newest checkpoint that is whole and belongs to this stage's key, or None to start afresh.
 
-        Where the remote home has a newer one it is fetched first.
+        Where the remote home has a newer one it is fetched first; where that fails, one that is here will do.
 
         Raises:
             CheckpointError: Checkpoints exist and every one of them is damaged.
-            DataError: The remote home cannot be read.
+            DataError: The remote home cannot be read, and there is none here.
         """
-        if self._remote is not None:
-            newest = max(self._remote.steps(), default=-1)
-            if newest > max(self._own_steps(), default=-1):
-                path = self.directory / f"{_PREFIX}{newest}"
-                shutil.rmtree(path, ignore_errors=True)  # what a death while fetching left
-                self._remote.fetch(newest, path)
+        known = self.ctx.broadcast_json({"problem": self._fetch_newer(), "steps": self.steps()})
+        if known["problem"] is not None and not known["steps"]:
+            what, where, fix = known["problem"]
+            raise DataError(what, where=where, fix=fix)
         damaged: list[str] = []
-        for step in reversed(self.ctx.broadcast_json({"steps": self.steps()})["steps"]):
+        for step in reversed(known["steps"]):
             found, problem = self._load(step)
             # A rank alone knows whether its own rows are whole: all go on from one step, or none.
             usable = torch.tensor(int(problem is None), device=self.ctx.device)
@@ -131,6 +131,29 @@ class Checkpoints:
                 fix="delete that folder to train this stage from its start",
             )
         return None
+
+    def _fetch_newer(self) -> list[str | None] | None:
+        """Bring the newest remote copy here if it is newer; what went wrong, for rank 0 alone finds out."""
+        if self._remote is None:
+            return None
+        try:
+            copies = self._remote.steps()
+            newest = max(copies, default=-1)
+            if newest > max(self._own_steps(), default=-1):
+                self._fetch(newest)
+                best = self._open(newest).meta.get("best_step")
+                if best in copies and best not in self._own_steps():
+                    self._fetch(best)
+        except DataError as error:
+            print(f"warning: no checkpoint was fetched from the remote home\n{error}", file=sys.stderr)
+            return [error.what, error.where, error.fix]
+        return None
+
+    def _fetch(self, step: int) -> None:
+        assert self._remote is not None
+        path = self.directory / f"{_PREFIX}{step}"
+        shutil.rmtree(path, ignore_errors=True)  # what a death while fetching left
+        self._remote.fetch(step, path)
 
     def _load(self, step: int) -> tuple[Snapshot | None, str | None]:
         """A checkpoint, None for that of another configuration; and what is wrong with it."""
@@ -151,20 +174,35 @@ class Checkpoints:
         return self._open(step).load_safetensors("weights.safetensors")
 
     def load_rows(self, step: int) -> None:
-        """Put this rank's part of the rows of one checkpoint where they are trained."""
+        """Put this rank's part of the rows of one checkpoint where they are trained. A collective call.
+
+        Raises:
+            CheckpointError: A file is damaged, of this rank's or of another's.
+        """
         assert self.rows is not None
-        artifact = self._open(step)
-        self.rows.load(lambda first: artifact.load_safetensors(rows_file(first)))
+        problem = None
+        try:
+            artifact = self._open(step)
+            self.rows.load(lambda first: artifact.load_safetensors(rows_file(first)))
+        except DataError as error:
+            problem = str(error)
+        whole = torch.tensor(int(problem is None), device=self.ctx.device)
+        if not int(self.ctx.all_reduce(whole, "min")):
+            raise CheckpointError(
+                f"the ID rows of step {step} cannot be read: {problem or 'those of another rank'}",
+                where=str(self.directory / f"{_PREFIX}{step}"),
+                fix="delete the checkpoints of this stage to train it from its start",
+            )
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
         found = self.directory.glob(f"{_PREFIX}*/{MANIFEST}")
         return sorted(int(path.parent.name.removeprefix(_PREFIX)) for path in found)
 
-    def close(self) -> None:
-        """Nothing more will be saved: wait for what is on its way to the remote home."""
+    def close(self, *, wait: bool) -> None:
+        """Nothing more will be saved; `wait` for the copy that is on its way to the remote home."""
         if self._remote is not None:
-            self._remote.close()
+            self._remote.close(wait=wait)
 
     def _is_own_and_whole(self, step: int) -> bool:
         try:
@@ -187,19 +225,20 @@ class Checkpoints:
     def _open(self, step: int) -> Artifact:
         return ArtifactStore(self.ctx.store.root).open(self.directory / f"{_PREFIX}{step}")
 
-    def _drop_old(self, best_step: int | None) -> None:
+    def _drop_old(self, newest: int, best_step: int | None) -> None:
         def permanent(step: int) -> bool:
             return step == best_step or (bool(self.keep_every) and step % self.keep_every == 0)
 
-        # Not those of an earlier configuration: newer ones among them would push ours out.
-        passing = [step for step in self._own_steps() if not permanent(step)]
-        for step in passing[: max(len(passing) - self.keep, 0)]:
+        # Not those of an earlier configuration. A later one of ours could not be read, or we were beyond it.
+        own = self._own_steps()
+        passing = [step for step in own if step <= newest and not permanent(step)]
+        for step in [*passing[: max(len(passing) - self.keep, 0)], *(step for step in own if step > newest)]:
             path: Path = self.directory / f"{_PREFIX}{step}"
-            if self._remote is not None and self._remote.uploading == path:
+            if self._remote is not None and path in self._remote.uploading:
                 continue  # the next checkpoint drops it
             # First the manifest: what is half deleted must not look like a checkpoint.
             (path / MANIFEST).unlink()
             set_aside(path)
-        for path in self.directory.iterdir():
-            if not (path / MANIFEST).is_file():  # a death while writing or deleting left it
+        for path in self.directory.glob(f"{_PREFIX}*"):
+            if path.is_dir() and not (path / MANIFEST).is_file():  # a death while writing or deleting left it
                 set_aside(path)

@@ -178,7 +178,8 @@ def read_beat(path: Path) -> dict[str, Any]:
 
 def last_heard(run_dir: Path, stage: str) -> str:
     """One line about every rank whose process ended without leaving its training loop."""
-    files = sorted(heartbeat_folder(run_dir, stage).glob("rank-*.json"))
+    # A stage may have several loops, each with a folder below the stage's.
+    files = sorted(heartbeat_folder(run_dir, stage).rglob("rank-*.json"))
     beats = [beat for beat in map(read_beat, files) if beat]
     return "; ".join(_describe(beat["rank"], beat) for beat in beats)
 

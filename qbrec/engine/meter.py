@@ -29,10 +29,12 @@ class CollectiveTimes:
         self.enabled, self.prof_all, self.verbose, self.debug = False, True, False, False
         self.prof_ops: list[str] = []
         self.seconds = 0.0
+        self._totals: dict[str, float] = {}
 
     def append(self, raw_name: str, record_name: str, latency: float, msg_size: int) -> None:
-        """Called by DeepSpeed after each collective; `latency` in milliseconds."""
-        self.seconds += latency / 1000
+        """Called by DeepSpeed after each collective; `latency`: ms of all calls of that name so far."""
+        self.seconds += (latency - self._totals.get(record_name, 0.0)) / 1000
+        self._totals[record_name] = latency
 
 
 collectives = CollectiveTimes()
@@ -116,8 +118,8 @@ class StepMeter:
         """What the window says, and begin the next one.
 
         Returns:
-            `step_seconds` and `data_wait` (share of it), means of the window; `time/<phase>` seconds of its
-            last step; `mfu`, where the device's peak is known.
+            `step_seconds`, `data_wait` (share of it) and `time/data`, means of the window; `time/<phase>` of
+            the others, seconds of its last step; `mfu`, where the device's peak is known.
         """
         if not self._step:
             return {}

@@ -2,8 +2,9 @@
 
     <remote>/checkpoints/<run>/<stage>/<key16>/step-N/{<fingerprint16>/files…, manifest.json}
 
-A thread of rank 0 uploads while training goes on. Only the newest stays there: the remote copy is for
-starting again elsewhere; retention with a choice is local.
+A thread of rank 0 uploads while training goes on. Only the newest and the best stay there, until the stage is
+finished: they are for going on elsewhere. A run is known there by its name alone, so that a new machine finds
+it: two runs of one name must not share a home.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import sys
 import threading
 from pathlib import Path
 
-from qbrec.errors import QbrecError
 from qbrec.storage.artifact import MANIFEST, ArtifactStore
 from qbrec.storage.atomic import write_atomic
 from qbrec.storage.remote import RemoteFolder, manifest_bytes
@@ -37,8 +37,8 @@ class RemoteCheckpoints:
 
     def __init__(self, uri: str, *, run: str, stage: str, key: str) -> None:
         self.uri, self._key = f"{uri.rstrip('/')}/checkpoints/{run}/{stage}/{key[:16]}", key
-        self._wanted: Path | None = None
-        self.uploading: Path | None = None  # must not be deleted now
+        self._wanted: tuple[Path, ...] = ()
+        self.uploading: tuple[Path, ...] = ()  # must not be deleted now
         self._closing, self._changed = False, threading.Condition()
         self._thread: threading.Thread | None = None
         self._error = ""
@@ -70,45 +70,65 @@ class RemoteCheckpoints:
             files.fetch(name, target / name, expected, mtime=0)
         write_atomic(target / MANIFEST, manifest_bytes(manifest))
 
-    def submit(self, path: Path) -> None:
-        """Upload a finished checkpoint soon; one that still waits gives way to it."""
+    def submit(self, newest: Path, best: Path) -> None:
+        """Upload two finished checkpoints soon (they may be one); what still waits gives way to them."""
         with self._changed:
-            self._wanted = path
+            self._wanted = (best, newest) if best != newest else (newest,)
             self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="checkpoint-upload", daemon=True)
                 self._thread.start()
 
-    def close(self) -> None:
-        """Wait for the last upload."""
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread, after the last upload if `wait`, else with what it has begun."""
         with self._changed:
             self._closing = True
+            if not wait:
+                self._wanted = ()
             self._changed.notify_all()
-        if self._thread is not None:
+        if wait and self._thread is not None:
             self._thread.join()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted is not None or self._closing)
-                self.uploading = path = self._wanted
-                self._wanted = None
-            if path is None:
+                self._changed.wait_for(lambda: bool(self._wanted) or self._closing)
+                self.uploading, self._wanted = self._wanted, ()
+            if not self.uploading:
                 return
             try:
-                self._upload(path)
+                self._upload(self.uploading)
                 self._error = ""
-            except (QbrecError, OSError) as error:
+            except Exception as error:  # whatever it is, training goes on and the next checkpoint tries again
                 if str(error) != self._error:
-                    print(
-                        f"warning: a checkpoint was not copied to the remote home\n{error}", file=sys.stderr
-                    )
+                    print(f"warning: no copy of a checkpoint in the remote home\n{error}", file=sys.stderr)
                 self._error = str(error)
+            self.uploading = ()
 
-    def _upload(self, path: Path) -> None:
-        artifact = ArtifactStore(path.parent).open(path)
-        RemoteFolder(f"{self.uri}/{path.name}").publish(artifact.manifest, artifact.file)
-        newest = int(path.name.removeprefix("step-"))
-        for step in self.steps():
-            if step < newest:
-                delete_below(f"{self.uri}/step-{step}")
+    def _upload(self, paths: tuple[Path, ...]) -> None:
+        there = self.steps()
+        for path in paths:
+            if int(path.name.removeprefix("step-")) not in there:
+                artifact = ArtifactStore(path.parent).open(path)
+                RemoteFolder(f"{self.uri}/{path.name}").publish(artifact.manifest, artifact.file)
+        kept = {path.name for path in paths}
+        for name in {name.partition("/")[0] for name in sizes_below(self.uri)} - kept:
+            delete_below(f"{self.uri}/{name}")
+
+
+def has_copies(uri: str, *, run: str) -> bool:
+    """Whether a remote home has checkpoints of a run of this name.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return bool(sizes_below(f"{uri.rstrip('/')}/checkpoints/{run}"))
+
+
+def forget_copies(uri: str, *, run: str, stage: str) -> None:
+    """Remove the copies of a stage that is finished: its artifact has taken their place.
+
+    Raises:
+        DataError: They cannot be removed.
+    """
+    delete_below(f"{uri.rstrip('/')}/checkpoints/{run}/{stage}")

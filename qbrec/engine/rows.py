@@ -185,12 +185,12 @@ class StoredRows:
     """Rows of a finished table, read chunk by chunk as they are asked for; callable with int64 [n].
 
     Args:
-        artifact: Where `rows_file`s lie.
+        artifact: Where `rows_file`s lie; its meta has their `width`.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         names = sorted(name for name in artifact.manifest["files"] if name.startswith("rows-"))
-        self._artifact, self._names = artifact, names
+        self._artifact, self._names, self._width = artifact, names, int(artifact.meta["width"])
         self._firsts = torch.tensor([int(name[5:17]) for name in names])
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -205,10 +205,9 @@ class StoredRows:
         for number in chunk.unique().tolist():
             stored = self._artifact.load_safetensors(self._names[number])["rows"]
             parts.append(stored[rows[chunk == number] - self._firsts[number]])
-        if not parts:
-            return torch.zeros(0, 0)
-        found = torch.empty(len(rows), parts[0].shape[1])
-        found[torch.argsort(chunk, stable=True)] = torch.cat(parts)
+        found = torch.empty(len(rows), self._width)
+        if parts:
+            found[torch.argsort(chunk, stable=True)] = torch.cat(parts)
         return found
 
 

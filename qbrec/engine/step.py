@@ -26,11 +26,14 @@ class StepResult:
         loss: Mean loss per target of the global batch.
         stop: Whether any rank has been asked to stop.
         applied: Whether the weights moved; fp16 leaves out a step whose scaled gradients overflow.
+        rows_applied: Whether the rows moved, if there are any: not where weights did not, nor where a
+            gradient of theirs is not finite.
     """
 
     loss: float
     stop: bool
     applied: bool
+    rows_applied: bool
 
 
 class Stepper:
@@ -100,11 +103,12 @@ class Stepper:
         for index, batch in enumerate(batches):
             total += self._micro_step(batch, index, step, count, last=index + 1 == len(batches))
         applied = bool(engine.was_step_applied())
+        moved = applied
         if window is not None:
             with meter.phase("optimizer"):
                 # The loss was multiplied by the number of ranks, for DeepSpeed's averaging, and by the scale.
-                window.apply(divisor=ctx.world * scale, factor=factor, wanted=applied)
-        return StepResult(loss=float(total / count), stop=bool(agreed[1] > 0), applied=applied)
+                moved = window.apply(divisor=ctx.world * scale, factor=factor, wanted=applied)
+        return StepResult(float(total / count), bool(agreed[1] > 0), applied, moved)
 
     def _micro_step(
         self, batch: Any, index: int, step: int, count: torch.Tensor, *, last: bool

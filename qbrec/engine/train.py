@@ -93,7 +93,7 @@ def train(
         try:
             return loop.run(label, stop, heartbeat)
         finally:
-            loop.checkpoints.close()
+            loop.checkpoints.close(wait=False)
 
 
 class _Loop:
@@ -110,7 +110,8 @@ class _Loop:
         self.ctx, self.task, self.loader, self.config = ctx, task, loader, config
         self.evaluate, self.monitor, self.rows = evaluate, monitor, rows
         self.total = config.epochs * loader.steps_per_epoch
-        self.step, self.best_step, self.waited, self.skipped = 0, None, 0, 0
+        self.step, self.best_step, self.waited = 0, None, 0
+        self.skipped = {"skipped_steps": 0, "skipped_row_steps": 0}
         self.result = TrainResult(steps=0)
         self.checkpoints = Checkpoints(
             ctx, keep=config.keep_checkpoints, keep_every=config.keep_every, rows=rows.table if rows else None
@@ -141,7 +142,7 @@ class _Loop:
         if found is not None:
             self._resume(found)
         progress = self.ctx.progress(self.total, label, done=self.step)
-        per_epoch, ended = self.loader.steps_per_epoch, False
+        per_epoch, ended, stopped = self.loader.steps_per_epoch, False, False
         for epoch in range(self.step // per_epoch, self.config.epochs):
             steps = self.loader.iterate(epoch, start=self.step - epoch * per_epoch)
             for micro_batches in self.meter.waiting(steps):
@@ -149,33 +150,43 @@ class _Loop:
                 with self.meter.step():
                     done = self.stepper(micro_batches, self.step, stop=bool(stop))
                 self.step += 1
-                self.skipped += not done.applied
+                self.skipped["skipped_steps"] += not done.applied
+                self.skipped["skipped_row_steps"] += not done.rows_applied
                 self.result.losses.append(done.loss)
                 progress.update(loss=done.loss, epoch=f"{epoch + 1}/{self.config.epochs}", **self._shown())
                 if self.step % _LOG_EVERY == 0 or self.step == self.total:
                     self._log()
-                if done.stop:
-                    self._save(finished=False)
-                    raise Preempted(
-                        f"stage {self.ctx.stage!r} was asked to stop, and saved step {self.step}",
-                        where=str(self.ctx.checkpoint_dir),
-                        fix="run the same command again: it goes on with the next step",
-                    )
-                if self.step % per_epoch and self._due():
-                    self._save(finished=False)
+                stopped = done.stop
+                if self.step % per_epoch and (stopped or self._due()):
+                    with self.meter.outside():
+                        self._save(finished=False)
+                    self._end_if(stopped)
             last = epoch + 1 == self.config.epochs
             with self.meter.outside():
                 if self.evaluate is not None and ((epoch + 1) % self.config.evaluate_every == 0 or last):
                     heartbeat.beat(self.step, phase="evaluation")
                     ended = self._evaluate(epoch)
-                if last or ended or self.evaluate is not None or self._due():
+                if last or ended or stopped or self.evaluate is not None or self._due():
                     self._save(finished=last or ended)
+            # Not before the epoch's evaluation: a run that goes on would never make up for it.
+            self._end_if(stopped)
             if ended:
                 break
         progress.close()
         weights = read_weights(self.engine)
         self.engine.destroy()
         return self._finish(weights)
+
+    def _end_if(self, stopped: bool) -> None:
+        if stopped:
+            # All ranks wait for the remote copy: a launcher that sees one of them end ends the others.
+            self.checkpoints.close(wait=True)
+            self.ctx.barrier()
+            raise Preempted(
+                f"stage {self.ctx.stage!r} was asked to stop, and saved step {self.step}",
+                where=str(self.ctx.checkpoint_dir),
+                fix="run the same command again: it goes on with the next step",
+            )
 
     def _due(self) -> bool:
         every = self.config.keep_every
@@ -190,7 +201,7 @@ class _Loop:
             **self.result.times,
         }
         if self.engine.fp16_enabled():
-            metrics |= {"loss_scale": read_counters(self.engine)["cur_scale"], "skipped_steps": self.skipped}
+            metrics |= {"loss_scale": read_counters(self.engine)["cur_scale"], **self.skipped}
         self.ctx.log_metrics(self.step, metrics)
 
     def _evaluate(self, epoch: int) -> bool:
@@ -198,7 +209,10 @@ class _Loop:
         self.task.module.load_state_dict(read_weights(self.engine))
         self.task.module.to(self.ctx.device).eval()
         with torch.no_grad():
-            metrics = {k: float(v) for k, v in self.evaluate(self.task.module).items()}
+            # Rank 0's: they decide what all ranks do next.
+            metrics = self.ctx.broadcast_json(
+                {k: float(v) for k, v in self.evaluate(self.task.module).items()}
+            )
         entry = {"step": self.step, "epoch": epoch + 1, **metrics}
         self.ctx.log_metrics(self.step, metrics)
         self.result.curve.append(entry)
@@ -248,7 +262,7 @@ class _Loop:
                 "stage anew",
             )
         self.step, self.best_step, self.waited = meta["step"], meta["best_step"], meta["waited"]
-        self.skipped = meta["skipped"]
+        self.skipped = dict(meta["skipped"])
         self.result.curve = list(meta["curve"])
 
     def _finish(self, weights: dict[str, torch.Tensor]) -> TrainResult:

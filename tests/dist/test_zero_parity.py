@@ -12,11 +12,13 @@ import torch
 from qbrec.config.sections import ComputeConfig
 from qbrec.config.stages import TrainConfig
 from qbrec.engine import step
+from qbrec.engine.checkpoint import Checkpoints
 from qbrec.engine.context import StageContext
+from qbrec.engine.preemption import ask_to_stop
 from qbrec.engine.schedule import schedule
 from qbrec.engine.state import loss_scale
 from qbrec.engine.train import train
-from qbrec.errors import CheckpointError, QbrecError
+from qbrec.errors import CheckpointError, Preempted, QbrecError
 from qbrec.storage.artifact import ArtifactStore
 from tests.support.half import allow_half
 from tests.support.spawn import run_ranks
@@ -158,6 +160,50 @@ def test_resume_in_fp16_with_its_loss_scale(
     else:
         tail = torch.tensor(whole["losses"][-number:])
         torch.testing.assert_close(torch.tensor(resumed["losses"]), tail, rtol=0.01, atol=0.01)
+
+
+def _stopped(rank: int, world: int, folder: str, stop_after: int) -> dict[str, Any]:
+    """Train with evaluation and early stopping in sight; asked to stop after some steps, then go on."""
+    seen = {"evaluations": 0}
+
+    def evaluate(module: torch.nn.Module) -> dict[str, float]:
+        seen["evaluations"] += 1
+        return {"score": -float(next(module.parameters()).square().sum())}
+
+    ended = []
+    for attempt in range(2):
+        loader = ToyLoader(rank, world)
+        if attempt == 0 and stop_after:
+            usual = loader.iterate
+
+            def iterate(epoch: int, *, start: int = 0, usual: Any = usual) -> Any:
+                for step, batches in enumerate(usual(epoch, start=start), start=epoch * 5 + start):
+                    if step + 1 == stop_after:
+                        ask_to_stop("the test")
+                    yield batches
+
+            loader.iterate = iterate  # type: ignore[method-assign]
+        ctx = _context(rank, world, folder, 1)
+        try:
+            result = train(
+                ctx, ToyTask(), loader, config=CONFIG, label="toy", evaluate=evaluate, monitor="score"
+            )
+            return {"curve": result.curve, "best": result.best, "ended": ended, "losses": result.losses}
+        except Preempted:
+            ended.append(Checkpoints(ctx, keep=9).steps()[-1])
+    raise AssertionError("stopped twice")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stop_after", [3, 5, 10, 20])
+def test_a_stop_costs_no_evaluation(stop_after: int, tmp_path: Path) -> None:
+    """In the middle of an epoch, at its last step, and at the very last one."""
+    (whole,) = run_ranks(_stopped, 1, str(tmp_path / "whole"), 0)
+    (stopped,) = run_ranks(_stopped, 1, str(tmp_path / "stopped"), stop_after)
+    assert stopped["ended"] == [stop_after], "the request was not heard"
+    assert len(whole["curve"]) == 4
+    assert (stopped["curve"], stopped["best"]) == (whole["curve"], whole["best"])
+    assert stopped["losses"] == whole["losses"][stop_after:]
 
 
 def _nan(rank: int, world: int, folder: str) -> str:

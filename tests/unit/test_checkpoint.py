@@ -42,7 +42,7 @@ def _damage(ctx: StageContext, step: int) -> None:
 
 def test_the_newest_whole_one_is_loaded(ctx: StageContext) -> None:
     assert load_latest(ctx) is None
-    for step in (2, 10, 9):
+    for step in (2, 9, 10):
         _save(ctx, step)
     found = load_latest(ctx)
     assert found is not None
@@ -87,3 +87,22 @@ def test_retention_keeps_multiples_for_good(ctx: StageContext) -> None:
     for step in range(1, 10):
         _save(ctx, step, keep=1, keep_every=4)
     assert sorted(p.name for p in ctx.checkpoint_dir.iterdir()) == ["step-4", "step-8", "step-9"]
+
+
+def test_what_is_no_checkpoint_is_left_alone(ctx: StageContext) -> None:
+    ctx.checkpoint_dir.mkdir(parents=True)
+    (ctx.checkpoint_dir / "behaviour-0123.npy").write_bytes(b"features")
+    for step in range(1, 30):
+        _save(ctx, step, keep=1)
+    assert sorted(p.name for p in ctx.checkpoint_dir.iterdir()) == ["behaviour-0123.npy", "step-29"]
+
+
+def test_damaged_later_ones_do_not_push_out_what_is_saved(ctx: StageContext) -> None:
+    _save(ctx, 100)
+    _save(ctx, 200)
+    _damage(ctx, 200)
+    _save(ctx, 150, keep=1)
+    found = load_latest(ctx)
+    assert found is not None
+    assert found.step == 150
+    assert sorted(p.name for p in ctx.checkpoint_dir.iterdir()) == ["step-150"]
