@@ -8,6 +8,7 @@ import pytest
 
 from qbrec.config import RootConfig, dump_config, load_config, parse_config
 from qbrec.errors import ConfigError
+from qbrec.stages import STAGES
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -83,3 +84,17 @@ def test_one_key_of_a_section_leaves_its_other_defaults(section: str) -> None:
 
     key, value = ("partial", 0.7) if section.endswith("masks") else ("epochs", 77)
     assert of(load_config(overrides=[f"{section}.{key}={value}"])) == of(RootConfig()) | {key: value}
+
+
+@pytest.mark.parametrize("kept", [{"checkpoint_every": 7}, {"keep_checkpoints": 9}, {"keep_every": 50}])
+def test_when_checkpoints_are_kept_is_in_no_key(kept: dict[str, int]) -> None:
+    data = {"domains": {"shop": {"items": "items.parquet", "interactions": "interactions.parquet"}}}
+    usual = parse_config({"data": data})
+    fusion = {"train": {**usual.fusion.train.model_dump(), **kept}}
+    sequence = {
+        name: {**getattr(usual.sequence, name).model_dump(), **kept} for name in ("pretrain", "finetune")
+    }
+    other = parse_config({"data": data, "fusion": fusion, "sequence": sequence})
+    assert usual != other
+    for stage in STAGES.values():
+        assert stage.recipe(usual) == stage.recipe(other), stage.name
