@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from qbrec.config.sections import ComputeConfig
 from qbrec.engine.progress import Progress
 from qbrec.errors import LaunchError
 from qbrec.storage.artifact import Artifact, ArtifactStore, ArtifactWriter
+from qbrec.storage.diskfull import writing
 
 OWNER = "owner"  # file of a run directory: the mark of the driver that has it
 
@@ -144,8 +146,14 @@ class StageContext:
                 "step": step,
                 "metrics": dict(metrics),
             }
-            with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            path = self.run_dir / "metrics.jsonl"
+            with writing(path), open(path, "ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    # A death or a full disk in the middle of a line must not swallow the next one.
+                    torn = file.read(1) != b"\n"
+                    file.write(b"\n" * torn)
+                file.write(json.dumps(line).encode() + b"\n")
 
     def progress(self, total: int, label: str, *, done: int = 0) -> Progress:
         """Progress with an ETA; shown once, whatever the number of ranks."""

@@ -97,13 +97,9 @@ def encoder_activations(
     # Embedding: codes, mean codes of items; its dropout.
     total = (codes + batch.items) * w * numbers.act + tokens * w * noise
     total += codes * 2 * INT64  # tokens and their places
-    # Attention: input, normed input, query, key and value; then on a CPU the matrices of weights, on a GPU
-    # (flash) its output before that of all groups is joined, and one number a token and head.
-    attention = tokens * w * 5 * numbers.act
-    if numbers.on_gpu:
-        attention += tokens * w * numbers.act + tokens * config.heads * FLOAT
-    else:
-        attention += batch.squares * config.heads * numbers.act
+    # Attention (flash): input, normed input, query, key and value, its output before that of all groups is
+    # joined, and one number a token and head.
+    attention = tokens * w * 6 * numbers.act + tokens * config.heads * FLOAT
     # After it: what it gives, residual, normed, hidden layer (4 w) before and after its GELU; two dropouts.
     after = w * (3 + 8) * numbers.act + 2 * w * noise
     statistics = 2 * FLOAT
@@ -111,12 +107,11 @@ def encoder_activations(
     total += (config.layers - 1) * tokens * (after + statistics)
     if config.position == "rotary":
         total += tokens * w // config.heads * FLOAT
-    # Going back through the last attention: gradients of the residual beside it, of what it gave, of query,
-    # key and value; the last two once more for sequences taken at once, and the gradient of their weights.
-    backward = tokens * w * (5 + 4 * batch.same) * numbers.act
-    if not numbers.on_gpu:
-        backward += batch.squares * config.heads * batch.same * numbers.act
-    backward += total
+    # Going back through the last attention: gradients of the residual beside it, of query, key and value as
+    # it gives them for sequences taken at once, when what it gave has been freed, and joined for all; with
+    # rotary positions those of query and key before their rotation.
+    turned = 2 if config.position == "rotary" else 0
+    backward = total + tokens * w * (4 + turned + 2 * batch.same) * numbers.act
     # The last block goes on with hidden tokens only; then the head: two norms, a product, and what it gives.
     total += batch.hidden * (after + statistics + 4 * w * numbers.act + 2 * statistics)
     scores = batch.hidden / depth * sum(levels) * FLOAT

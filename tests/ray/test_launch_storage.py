@@ -60,7 +60,7 @@ def test_a_stopped_run_resumes_without_what_ray_kept_and_its_home_serves_others(
         process.kill()
         process.wait()
     stopped = checkpoints(here)[-1]
-    assert f"its checkpoint of step {stopped} is saved" in log.read_text()
+    assert f"was asked to stop, and saved step {stopped}" in log.read_text()
     before = steps_of_fusion(here)
     assert before[-1][0] <= stopped
 
