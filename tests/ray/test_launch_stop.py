@@ -36,7 +36,7 @@ def test_a_driver_told_to_stop_waits_for_the_checkpoint(undisturbed: Path, tmp_p
         last = losses(tmp_path)[-1]["step"]
         assert 4 <= last < STEPS
         assert checkpoints(tmp_path) == [last]
-        assert f"step {last} is saved" in driver.log.read_text()
+        assert f"saved step {last}" in driver.log.read_text()
     change_drill(tmp_path, seconds=0.0)
     with Driver(tmp_path) as driver:  # the earlier driver's mark is not meant for this one
         driver.must_succeed()
