@@ -182,9 +182,8 @@ def _ray_worker(order: dict[str, Any]) -> None:
     if earlier is not None and (not earlier.retry or has_mark(run_dir, typed["owner"])):
         raise earlier  # trying again does not help, or is not wanted
     if rank == 0:
-        error_file(typed).unlink(
-            missing_ok=True
-        )  # of an earlier try: the driver must not take it for this one's
+        # Of an earlier try: the driver must not take it for this one's.
+        error_file(typed).unlink(missing_ok=True)
     threading.Thread(target=_watch_drain, daemon=True).start()
     try:
         run_order(typed)

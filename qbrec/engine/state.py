@@ -89,15 +89,16 @@ def write_state(
     # reads them. With lr 0 and zero gradients a step does both and moves nothing else, at every ZeRO stage.
     _idle_step(engine, loss)
     _relink(engine)
+    whole = _whole(engine)
     for name, parameter in _parameters(engine):
-        _write(engine, parameter, weights[name])
+        _write(engine, whole, parameter, weights[name])
     for name, buffer in engine.module.named_buffers():
         if name in weights:
             buffer.copy_(weights[name].to(buffer.device))
     _idle_step(engine, loss)
     for name, parameter in _parameters(engine):
         for moment in MOMENTS:
-            _write(engine, parameter, moments[f"{moment}.{name}"], moment)
+            _write(engine, whole, parameter, moments[f"{moment}.{name}"], moment)
     for state in _torch_optimizer(engine).state.values():
         state["step"].fill_(counters["optimizer_step"])
     scaler = _loss_scaler(engine)
@@ -107,8 +108,14 @@ def write_state(
                 setattr(scaler, name, type(getattr(scaler, name))(counters[name]))
 
 
-def _write(engine: Any, parameter: Any, value: torch.Tensor, moment: str | None = None) -> None:
-    """Put a full weight, or a full moment, where the engine keeps it."""
+def _write(
+    engine: Any,
+    whole: dict[Any, torch.Tensor] | None,
+    parameter: Any,
+    value: torch.Tensor,
+    moment: str | None = None,
+) -> None:
+    """Put a full weight, or a full moment, where the engine keeps it; `whole` is `_whole(engine)`."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -126,7 +133,7 @@ def _write(engine: Any, parameter: Any, value: torch.Tensor, moment: str | None 
             safe_set_local_fp32_param(parameter, part)
         else:
             safe_set_local_optimizer_state(parameter, part, moment)
-    elif (whole := _whole(engine)) is not None:
+    elif whole is not None:
         kept = whole[parameter]
         (kept.data if moment is None else _torch_optimizer(engine).state[kept][moment]).copy_(value)
     elif moment is None:

@@ -20,7 +20,7 @@ from qbrec.engine.meter import StepMeter
 from qbrec.engine.preemption import StopRequest
 from qbrec.engine.rows import RowUse
 from qbrec.engine.schedule import schedule
-from qbrec.engine.state import read_counters, read_moments, read_weights, write_state
+from qbrec.engine.state import loss_scale, read_counters, read_moments, read_weights, write_state
 from qbrec.engine.step import Stepper
 from qbrec.engine.task import Loader, Task
 from qbrec.errors import CheckpointError, Preempted
@@ -201,7 +201,7 @@ class _Loop:
             **self.result.times,
         }
         if self.engine.fp16_enabled():
-            metrics |= {"loss_scale": read_counters(self.engine)["cur_scale"], **self.skipped}
+            metrics |= {"loss_scale": loss_scale(self.engine), **self.skipped}
         self.ctx.log_metrics(self.step, metrics)
 
     def _evaluate(self, epoch: int) -> bool:
