@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
 from tests.support.cli import ROOT, Road, environment, must
+from tests.support.processes import free_ports
 
 Shell = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def free_ports(count: int) -> int:
-    """First of `count` consecutive ports nobody listens on."""
-    first = 28_000 + os.getpid() % 80 * count  # two test runs on one machine rarely look at the same ones
-    for base in range(first, 32_000, count):
-        with ExitStack() as held:
-            try:
-                for port in range(base, base + count):
-                    held.enter_context(socket.socket()).bind(("", port))
-            except OSError:
-                continue
-            return base
-    raise AssertionError("no free ports")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +25,7 @@ def cluster() -> Iterator[Shell]:
     env = environment(
         {
             "QBREC_CLUSTER_DIR": folder,
-            "QBREC_CLUSTER_PORT": str(free_ports(40)),
+            "QBREC_CLUSTER_PORT": str(free_ports(40, first=28_000, end=32_000)),
             "QBREC_VENV": str(Path(sys.executable).parents[1]),
         }
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import ROOT, STAGES, Road, environment, must, small_config
+from tests.support.processes import members
 
 TRAINING = ("fusion", "pretrain", "finetune")
 # Here everything dies at once, as in a power cut, so that the stage cannot end by itself. In the other stages
@@ -81,19 +82,6 @@ class Survivor:
 
     road: Road
     deaths: dict[str, Death]
-
-
-def members(session: int) -> list[int]:
-    """Processes of a session, zombies left out: whatever a command starts stays in its session."""
-    found = []
-    for entry in os.listdir("/proc"):
-        try:
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if entry.isdigit() and int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(entry))
-    return found
 
 
 def name_of(pid: int) -> str:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Self
 
 from tests.fault import stage
-from tests.support.cli import ROOT, environment
 from tests.support.s3_server import free_port
 from tests.support.toy_driver import Driver
 
@@ -101,12 +99,4 @@ def _rank(folder: Path, log: Path, rank: int, world: int, port: int) -> None:
 class FaultDriver(Driver):
     """A driver of the stage with faults in a process session of its own, as users start one."""
 
-    def __init__(self, folder: Path, *launcher: str, env: dict[str, str] | None = None) -> None:
-        self.folder, self.log = folder, folder / f"driver-{len(list(folder.glob('driver-*.log')))}.log"
-        command = [sys.executable, "-m", *launcher, "tests.fault.stage", str(folder)]
-        # A cluster started by `ray start` has no token, where Ray's own local one makes one.
-        given = environment({"RAY_AUTH_MODE": "disabled", **(env or {})})
-        with self.log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=given, stdout=file, stderr=file, start_new_session=True
-            )
+    module = "tests.fault.stage"

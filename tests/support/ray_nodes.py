@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.cli import ROOT, environment
+from tests.support.processes import end_session, free_ports, kill_all, members
 
 _PORTS = 10  # of one node
 _NODES = 5
@@ -28,19 +27,13 @@ class Node:
 
     def members(self) -> list[int]:
         """Living processes of the node's session."""
-        found = []
-        for entry in os.listdir("/proc"):
-            with suppress(OSError, ValueError):
-                fields = Path(f"/proc/{int(entry)}/stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                    found.append(int(entry))
-        return found
+        return members(self.process.pid)
 
     def kill(self) -> None:
         """`kill -9` of everything: the machine is gone from one moment to the next."""
-        members = self.members()
-        assert members, "the fault did not fire"
-        self._signal(members)
+        left = self.members()
+        assert left, "the fault did not fire"
+        kill_all(left)
         self.process.wait(timeout=30)
 
     def announce_end(self) -> None:
@@ -50,20 +43,10 @@ class Node:
 
     def stop(self) -> None:
         """End whatever is left of the node."""
-        deadline = time.monotonic() + 30
-        while members := self.members():
-            self._signal(members)
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        end_session(self.process.pid, timeout=30)
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(timeout=30)
-
-    @staticmethod
-    def _signal(members: list[int]) -> None:
-        for pid in members:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 class Nodes:
@@ -74,7 +57,11 @@ class Nodes:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port, self.started = folder, free_ports(_PORTS * _NODES), 0
+        self.folder, self.port, self.started = (
+            folder,
+            free_ports(_PORTS * _NODES, first=22_000, end=27_900),
+            0,
+        )
         self.address = f"127.0.0.1:{self.port}"
         self.nodes: list[Node] = []
 
@@ -136,16 +123,3 @@ def ray_nodes(*, cpus: tuple[int, ...]) -> Iterator[Nodes]:
         for node in reversed(nodes.nodes):
             node.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> int:
-    """First of `count` consecutive ports nobody listens on."""
-    for base in range(22_000 + os.getpid() % 80 * count, 27_900, count):
-        with ExitStack() as held:
-            try:
-                for port in range(base, base + count):
-                    held.enter_context(socket.socket()).bind(("", port))
-            except OSError:
-                continue
-            return base
-    raise AssertionError("no free ports")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from qbrec.config.stages import TrainConfig
 from qbrec.engine.context import StageContext
 from qbrec.engine.rows import RowUse, ShardedRows
-from tests.support.training import Interrupted
+from tests.support.training import ToyLoader
 
 CONFIG = TrainConfig(
     epochs=4, batch_size=8, micro_batch=2, learning_rate=1e-2, clip_norm=0.3, checkpoint_every=3
@@ -53,31 +52,14 @@ def row_use(ctx: StageContext) -> RowUse:
     return RowUse(table, ids=lambda batch: batch.rows, bind=RowTask().bind, learning_rate=ROW_RATE)
 
 
-class RowLoader:
-    """37 samples in batches of 8, micro-batches of 2, dealt to the ranks in turn; the last is small."""
+class RowLoader(ToyLoader):
+    """The same samples in the same order, most of them with a row."""
 
     def __init__(self, rank: int, world: int, *, n: int = 37, stop_at: int = 0) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(n, 6, generator=generator)
-        self.y = torch.randn(n, 3, generator=generator)
-        self.rows = torch.randint(-1, NUM_ROWS, (n,), generator=generator)
+        super().__init__(rank, world, n=n, stop_at=stop_at)
+        self.rows = torch.randint(-1, NUM_ROWS, (n,), generator=self.generator)
         self.rows[::5] = -1
-        self.stop_at = stop_at  # optimiser step before which the machine is lost; 0: never
-        self.rank, self.world, self.steps_per_epoch = rank, world, -(-n // 8)
         self.fingerprint = f"rows of {n}"
 
-    def iterate(self, epoch: int, *, start: int = 0) -> Iterator[list[RowBatch | None]]:
-        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(100 + epoch))
-        for step in range(start, self.steps_per_epoch):
-            if self.stop_at and epoch * self.steps_per_epoch + step == self.stop_at:
-                raise Interrupted
-            micro = list(order[step * 8 : step * 8 + 8].split(2))
-            rounds = -(-len(micro) // self.world)
-            mine = [index * self.world + self.rank for index in range(rounds)]
-            yield [self._batch(micro[j]) if j < len(micro) else None for j in mine]
-
-    def first(self) -> RowBatch:
-        return self._batch(torch.arange(2))
-
-    def _batch(self, samples: torch.Tensor) -> RowBatch:
+    def batch(self, samples: torch.Tensor) -> RowBatch:
         return RowBatch(self.rows[samples], self.x[samples], self.y[samples])

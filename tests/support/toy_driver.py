@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +13,7 @@ import safetensors.torch
 import torch
 
 from tests.support.cli import ROOT, environment
+from tests.support.processes import end_session, members
 from tests.support.toy_stage import losses, weights_file
 
 
@@ -27,9 +26,11 @@ class Driver:
         env: Further variables.
     """
 
+    module = "tests.support.toy_stage"  # what runs, given the folder
+
     def __init__(self, folder: Path, *launcher: str, env: dict[str, str] | None = None) -> None:
-        self.folder, self.log = folder, folder / f"driver-{len(list(folder.glob('driver-*')))}.log"
-        command = [sys.executable, "-m", *launcher, "tests.support.toy_stage", str(folder)]
+        self.folder, self.log = folder, folder / f"driver-{len(list(folder.glob('driver-*.log')))}.log"
+        command = [sys.executable, "-m", *launcher, self.module, str(folder)]
         # A cluster started by `ray start` has no token, where Ray's own local one makes one.
         given = environment({"RAY_AUTH_MODE": "disabled", **(env or {})})
         with self.log.open("wb") as file:
@@ -41,24 +42,12 @@ class Driver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        deadline = time.monotonic() + 60
-        while members := self.members():
-            for pid in members:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        end_session(self.process.pid, timeout=60)
         self.process.wait(timeout=30)
 
     def members(self) -> list[int]:
         """Living processes of the driver's session."""
-        found = []
-        for entry in os.listdir("/proc"):
-            with suppress(OSError, ValueError):
-                fields = Path(f"/proc/{int(entry)}/stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                    found.append(int(entry))
-        return found
+        return members(self.process.pid)
 
     def wait_for_step(
         self, step: int, *, world: int | None = None, skip: int = 0, timeout: float = 240

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,16 +38,14 @@ class ToyLoader:
     """`n` samples in batches of 8, micro-batches of 2, dealt to the ranks in turn; the last is small."""
 
     def __init__(self, rank: int, world: int, *, n: int = 37, stop_at: int = 0) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(n, 6, generator=generator)
-        self.y = torch.randn(n, 3, generator=generator)
+        self.generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(n, 6, generator=self.generator)
+        self.y = torch.randn(n, 3, generator=self.generator)
         self.stop_at = stop_at  # optimiser step before which the machine is lost; 0: never
         self.rank, self.world, self.steps_per_epoch = rank, world, -(-n // 8)
         self.fingerprint = f"toy of {n}"
 
-    def iterate(
-        self, epoch: int, *, start: int = 0
-    ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor] | None]]:
+    def iterate(self, epoch: int, *, start: int = 0) -> Iterator[list[Any]]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(100 + epoch))
         for step in range(start, self.steps_per_epoch):
             if self.stop_at and epoch * self.steps_per_epoch + step == self.stop_at:
@@ -54,7 +53,10 @@ class ToyLoader:
             micro = list(order[step * 8 : step * 8 + 8].split(2))
             rounds = -(-len(micro) // self.world)
             mine = [index * self.world + self.rank for index in range(rounds)]
-            yield [(self.x[micro[j]], self.y[micro[j]]) if j < len(micro) else None for j in mine]
+            yield [self.batch(micro[j]) if j < len(micro) else None for j in mine]
 
-    def first(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.x[:2], self.y[:2]
+    def first(self) -> Any:
+        return self.batch(torch.arange(2))
+
+    def batch(self, samples: torch.Tensor) -> Any:
+        return self.x[samples], self.y[samples]
