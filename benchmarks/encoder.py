@@ -43,8 +43,8 @@ from encoder_loop import CPU, best, compare_engines, data_wait, own_step, ratios
 
 from qbrec.config.sections import ComputeConfig
 from qbrec.config.stages import MaskConfig, SequenceConfig
+from qbrec.engine.candidates import Candidates
 from qbrec.sequence.encoder import SequenceEncoder
-from qbrec.sequence.objective import Candidates
 from qbrec.sequence.packing import HiddenCodes, PackedHistories, PackedRows, pack
 from qbrec.sequence.tasks import MaskedTask
 from qbrec.sequence.vocabulary import Vocabulary

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from qbrec.config import RootConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.run_record import RunRecord, run_directory
-from qbrec.stages import STAGES, Stage
+from qbrec.stages import Stage, stages_of
 from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Pipeline:
 
     def up_to(self, name: str) -> Artifact:
         """Bring a stage and all before it up to date and return its artifact."""
-        for stage in STAGES.values():
+        for stage in stages_of(self.config):
             if stage.name not in self.artifacts:
                 self._bring(stage)
             if stage.name == name:
@@ -236,7 +236,7 @@ class Pipeline:
         from qbrec.registry.versions import register
 
         self.tracker.flush()  # the version hangs on the run's own MLflow run
-        artifacts = with_generations(self.config, {name: self.artifacts[name] for name in STAGES})
+        artifacts = with_generations(self.config, self.artifacts)
         return register(self.config, self.run_dir, artifacts)
 
     def report(self) -> Path:

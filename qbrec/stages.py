@@ -6,7 +6,7 @@ This table is the only place that knows them all; stages themselves meet on disk
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qbrec.config import RootConfig
@@ -20,12 +20,13 @@ class Stage:
     Attributes:
         name: Name, and kind of the artifact it writes.
         entry: `module:function` with the signature `run(ctx, config, inputs) -> Artifact`.
-        inputs: Stages whose artifacts it reads.
+        inputs: Stages whose artifacts it reads, those that are not `wanted` excepted.
         recipe: What of the configuration shapes its result.
         distributed: Runs on all workers; otherwise once, on the driver.
         gate: `module:function` called with (artifact, configuration), just made or made earlier, before
             anything is made of it: it raises GateError. What only the gate reads is no part of the recipe, so
             that other thresholds cost nothing.
+        wanted: Whether a run of a configuration has this stage.
     """
 
     name: str
@@ -34,11 +35,21 @@ class Stage:
     recipe: Callable[[RootConfig], dict[str, Any]]
     distributed: bool = True
     gate: str | None = None
+    wanted: Callable[[RootConfig], bool] = lambda config: True
 
     def key(self, config: RootConfig, *, inputs: Mapping[str, Artifact], sources: str) -> str:
         """Key of the artifact this stage would write."""
         prints = {name: inputs[name].fingerprint for name in self.inputs} or {"sources": sources}
         return artifact_key(self.name, config=self.recipe(config), seed=config.run.seed, inputs=prints)
+
+
+def stages_of(config: RootConfig) -> tuple[Stage, ...]:
+    """The stages that a run of this configuration has, in order, each with the inputs that there are."""
+    wanted = {name: stage for name, stage in STAGES.items() if stage.wanted(config)}
+    return tuple(
+        replace(stage, inputs=tuple(name for name in stage.inputs if name in wanted))
+        for stage in wanted.values()
+    )
 
 
 def _catalog(config: RootConfig) -> dict[str, Any]:
@@ -55,6 +66,11 @@ def _quantizer(config: RootConfig) -> dict[str, Any]:
     return {"quantizer": tree}
 
 
+def _neighbours(config: RootConfig) -> dict[str, Any]:
+    ranking = config.ranking
+    return {"kept": [ranking.neighbours, ranking.alike], "target": config.data.target_domain}
+
+
 def _pretrain(config: RootConfig) -> dict[str, Any]:
     sequence = _dump(config.sequence)
     for name in ("finetune", "finetune_masks", "finetune_prefix"):
@@ -69,6 +85,21 @@ def _finetune(config: RootConfig) -> dict[str, Any]:
         "ranking": _ranking(config),
         "target": config.data.target_domain,
     }
+
+
+def _baseline(name: str) -> Stage:
+    """A baseline that is trained: over the catalogue alone, and only where the evaluation asks for it."""
+
+    def recipe(config: RootConfig) -> dict[str, Any]:
+        return {"baseline": _dump(getattr(config.baselines, name)), "target": config.data.target_domain}
+
+    return Stage(
+        name,
+        f"qbrec.baselines.stage:{name}",
+        ("catalog",),
+        recipe,
+        wanted=lambda config: name in config.evaluation.baselines,
+    )
 
 
 def _evaluation(config: RootConfig) -> dict[str, Any]:
@@ -108,12 +139,32 @@ STAGES: dict[str, Stage] = {
             _quantizer,
             gate="qbrec.quantizer.stage:gate",
         ),
-        Stage("pretrain", "qbrec.sequence.stage:pretrain", ("catalog", "quantizer"), _pretrain),
-        Stage("finetune", "qbrec.sequence.stage:finetune", ("catalog", "quantizer", "pretrain"), _finetune),
+        Stage(
+            "neighbours",
+            "qbrec.neighbours.stage:run",
+            ("catalog", "fusion", "quantizer"),
+            _neighbours,
+            wanted=lambda config: config.ranking.neighbours > 0,
+        ),
+        Stage(
+            "pretrain",
+            "qbrec.sequence.stage:pretrain",
+            ("catalog", "quantizer"),
+            _pretrain,
+            wanted=lambda config: config.sequence.pretraining,
+        ),
+        Stage(
+            "finetune",
+            "qbrec.sequence.stage:finetune",
+            ("catalog", "quantizer", "pretrain", "neighbours"),
+            _finetune,
+        ),
+        _baseline("sasrec"),
+        _baseline("bert4rec"),
         Stage(
             "evaluation",
             "qbrec.evaluation.stage:run",
-            ("catalog", "quantizer", "finetune"),
+            ("catalog", "quantizer", "neighbours", "finetune", "sasrec", "bert4rec"),
             _evaluation,
             distributed=False,
         ),

@@ -23,6 +23,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("stages", "Stage 3: masked pretraining on all domains."),
     "finetune": ("stages", "Stage 3: fine-tuning on the target domain."),
     "evaluate": ("stages", "Rank the whole catalogue for every user, beside the baselines."),
+    "ablate": ("ablate", "What each part is worth: the run again without it."),
     "recommend": ("recommend", "Rank items for a history."),
     "ids": ("ids", "Show semantic IDs with their labels; find items by prefix."),
     "register": ("registry", "Register the run's model as @challenger."),

@@ -15,6 +15,12 @@ from qbrec.cli.options import config_options
 @click.argument("more", nargs=-1, metavar="[ITEM]...")
 @click.option("--k", type=int, default=10, show_default=True, help="How many items.")
 @click.option("--keep-seen", is_flag=True, help="Rank items of the history too.")
+@click.option(
+    "--category", multiple=True, metavar="NAME", help="Only items of this category. Repeat it for several."
+)
+@click.option(
+    "--only", type=click.Path(exists=True, dir_okay=False), help="Only the items of this file, one id a line."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def recommend(
     config_path: str | None,
@@ -23,6 +29,8 @@ def recommend(
     more: tuple[str, ...],
     k: int,
     keep_seen: bool,
+    category: tuple[str, ...],
+    only: str | None,
     as_json: bool,
 ) -> None:
     """Rank the whole catalogue for a history and print the best items.
@@ -32,10 +40,12 @@ def recommend(
     \b
     Example:
       qbrec recommend --config launch/quickstart.yaml --history i000000017 i000000230 --k 5
+      qbrec recommend --config shop.yaml --history A1 --category Lamps --only in-stock.txt
     """
     from qbrec.append_run import with_generations
     from qbrec.config import load_config
     from qbrec.pipeline import finished_artifacts
+    from qbrec.registry.filters import read_ids
     from qbrec.registry.recommend import Recommender
 
     config = load_config(config_path, overrides=overrides)
@@ -48,7 +58,10 @@ def recommend(
             err=True,
             fg="yellow",
         )
-    (items,) = recommender.recommend([[*history, *more]], k=k, keep_seen=keep_seen)
+    among = None
+    if category or only:
+        among = recommender.only(categories=category or None, item_ids=read_ids(only) if only else None)
+    (items,) = recommender.recommend([[*history, *more]], k=k, keep_seen=keep_seen, among=among)
     if as_json:
         click.echo(json.dumps(items, indent=1))
         return

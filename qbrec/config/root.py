@@ -13,7 +13,14 @@ from qbrec.config.sections import (
     RunConfig,
     TrackingConfig,
 )
-from qbrec.config.stages import EvaluationConfig, FusionConfig, QuantizerConfig, RankingConfig, SequenceConfig
+from qbrec.config.stages import (
+    BaselinesConfig,
+    EvaluationConfig,
+    FusionConfig,
+    QuantizerConfig,
+    RankingConfig,
+    SequenceConfig,
+)
 
 
 class RootConfig(Section):
@@ -26,6 +33,7 @@ class RootConfig(Section):
     quantizer: QuantizerConfig = QuantizerConfig()
     sequence: SequenceConfig = SequenceConfig()
     ranking: RankingConfig = RankingConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()

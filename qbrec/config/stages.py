@@ -43,6 +43,9 @@ class FusionConfig(Section):
     # Query of an item: a learnt row of its own, one for all, or a random vector computed from its row.
     id_embedding: Literal["auto", "table", "shared", "hashed"] = "auto"
     row_learning_rate: float = Field(default=0.005, gt=0)  # of the rows of a table, by row-wise Adagrad
+    gate: bool = True  # whether each item chooses how many blocks it takes
+    # Which views are fused, by name: modalities of the catalogue, structure, behaviour; empty: all there are.
+    modalities: tuple[str, ...] = ()
     id_dropout: Fraction = 0.3
     modality_dropout: Fraction = 0.1
     behaviour_dim: Count = 64  # of the co-occurrence view of the training part; 0: no such view
@@ -113,6 +116,8 @@ class QuantizerConfig(Section):
     capacity: Positive = 1  # items of different content per ID, for next_nearest and sinkhorn
     sinkhorn_epsilon: float = Field(default=0.003, gt=0)  # weight of the entropy: larger is more even
     sinkhorn_iterations: Positive = 50
+    # Deal the finished IDs to the items at random, to see what their meaning is worth.
+    shuffled: bool = False
     # What gets codes: joint is the semantic ID; modalities of the catalogue give stage 3 tokens beside it.
     modalities: tuple[str, ...] = ("joint",)
     # Of each further modality, besides the code for items without it; auto: two of the size of level 0.
@@ -158,6 +163,8 @@ class SequenceConfig(Section):
     item_weight: float = Field(default=1.0, ge=0)
     candidates: Positive = 16_384  # items in that softmax; a uniform sample where the catalogue has more
     label_smoothing: Fraction = 0.0  # of the codes
+    # Without it fine-tuning starts from scratch and takes over the length and learning rate of pretraining.
+    pretraining: bool = True
     masks: MaskConfig = MaskConfig()
     finetune_masks: MaskConfig = MaskConfig(span=0.0, tail=1.0, multi_region=0.0, partial=0.0)
     # Share of the histories cut at a random item, so that every item is the last one at times.
@@ -183,17 +190,66 @@ class SequenceConfig(Section):
 class RankingConfig(Section):
     """The one scorer that early stop, evaluation, recommend and bundle share."""
 
-    scorer: Literal["factorised"] = "factorised"
-    # Co-occurring items kept per item for the bonus on the semantic-ID score; 0: no bonus.
-    # Its weight is chosen on validation when fine-tuning ends.
+    # factorised: all codes of the next item at once, exact top-k. autoregressive: code by code, a beam
+    # search; early stop and evaluation stay with the factorised score.
+    scorer: Literal["factorised", "autoregressive"] = "factorised"
+    beam: Positive = 50  # partial IDs kept per history and level (autoregressive)
+    # Items kept per item that follow it in histories, for the bonus on the semantic-ID score; 0: no bonus.
+    # Its weights are fitted on validation when fine-tuning ends.
     neighbours: Count = 100
+    alike: Count = 30  # items of the most similar content kept per item and view, for the bonus too
     chunk_items: Positive = 65_536  # items scored at once
+
+
+class ItemEncoderConfig(Section):
+    """A transformer over item ids, trained with the softmax over all items."""
+
+    width: Positive = 128
+    layers: Positive = 2
+    heads: Positive = 2
+    dropout: Fraction = 0.5
+    max_items: Positive = 50  # the last H items of a history
+    candidates: Positive = 16_384  # items in the softmax; a uniform sample where the domain has more
+    validation_users: Count = 10_000  # users scored by every evaluation while training; 0: all
+    train: TrainConfig = TrainConfig(
+        epochs=20, batch_size=128, micro_batch=64, learning_rate=2e-3, patience=5
+    )
+
+    @model_validator(mode="after")
+    def _heads(self) -> ItemEncoderConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class Bert4RecConfig(ItemEncoderConfig):
+    """BERT4Rec: items are hidden and predicted from both sides."""
+
+    dropout: Fraction = 0.3
+    mask_ratio: Fraction = 0.4  # of the items of a history
+    # Share of the histories that are cut at a random item, which alone is hidden, as when recommending.
+    tail: Fraction = 0.5
+    train: TrainConfig = TrainConfig(
+        epochs=40, batch_size=128, micro_batch=64, learning_rate=1e-3, evaluate_every=2, patience=5
+    )
+
+
+class BaselinesConfig(Section):
+    """The rivals that are trained; those that `evaluation.baselines` does not name are not."""
+
+    sasrec: ItemEncoderConfig = ItemEncoderConfig()
+    bert4rec: Bert4RecConfig = Bert4RecConfig()
 
 
 class EvaluationConfig(Section):
     """Full-catalogue, leave-one-out ranking against every baseline."""
 
-    baselines: tuple[Literal["popularity", "itemknn"], ...] = ("popularity", "itemknn")
+    baselines: tuple[Literal["popularity", "itemknn", "sasrec", "bert4rec"], ...] = (
+        "popularity",
+        "itemknn",
+        "sasrec",
+        "bert4rec",
+    )
     bootstrap: Positive = 2000
     batch_users: Positive = 256
     max_users: Count = 0  # 0: all

@@ -41,6 +41,26 @@ def stream(seed: int, epoch: int, purpose: int) -> int:
     return signed(mixed(mixed(seed + GOLDEN) + epoch * GOLDEN + purpose))
 
 
+def uniform(samples: Tensor, *, seed: int, epoch: int, purpose: int, index: Tensor | int = 0) -> Tensor:
+    """Uniform numbers in [0, 1), a pure function of the arguments, the same on every device.
+
+    Args:
+        samples: int64 [n], global sample ids.
+        seed: Seed of the stage.
+        epoch: Epoch, from 0.
+        purpose: Number of the decision about a sample; separate decisions take separate streams.
+        index: int64 [n] or one int: which draw of this sample and purpose (its position, say).
+
+    Returns:
+        float32 [n], multiples of 2^-24.
+    """
+    key = mix(mix(samples * GOLDEN + 1) ^ stream(seed, epoch, purpose))
+    step = signed((index + 1) * GOLDEN) if isinstance(index, int) else (index + 1) * GOLDEN
+    bits = mix(key + step)
+    # The top 24 bits are exact in float32, so CPU and GPU agree to the bit.
+    return ((bits >> 40) & ((1 << 24) - 1)).to(torch.float32) * 2.0**-24
+
+
 def hashed_normal(rows: Tensor, width: int) -> Tensor:
     """Vectors that are N(0, 1) and a pure function of the row, in every process and on every device.
 

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qbrec.baselines import ItemKNN, Popularity
+from qbrec.baselines.item_scorer import load_item_scorer
 from qbrec.baselines.itemknn import TUNING_USERS
+from qbrec.baselines.stage import MONITOR
 from qbrec.config import RootConfig
 from qbrec.engine.context import StageContext
 from qbrec.evaluation.bootstrap import CONFIDENCE
@@ -19,9 +21,9 @@ from qbrec.evaluation.protocol import ModelRanks, TestSet, rank_model
 from qbrec.evaluation.results import IDS_ALONE, MODEL, MODES, summarise
 from qbrec.evaluation.slices import test_slices
 from qbrec.ranking import Scorer
-from qbrec.ranking.cooccurrence import BonusScorer
+from qbrec.ranking.bonus import BonusScorer
 from qbrec.ranking.validate import validation_users
-from qbrec.sequence.bonus import BONUS_SETTING, load_scorer
+from qbrec.sequence.bonus import load_scorer
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView, Histories
 from qbrec.storage.token_table import token_table
@@ -33,7 +35,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     Args:
         ctx: Context of one process.
         config: `evaluation`, `ranking.chunk_items` and the target domain are read.
-        inputs: `catalog`, `quantizer`, `finetune`.
+        inputs: `catalog`, `quantizer`, `finetune`, and the artifacts of the baselines that are trained.
 
     Raises:
         DataError: The target domain has no test user, or an input is damaged or belongs to another run.
@@ -52,17 +54,14 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         seed=ctx.sub_seed("evaluation/users"),
     )
     settings: dict[str, dict[str, float]] = {}
-    if inputs["finetune"].has(BONUS_SETTING):
-        chosen = inputs["finetune"].load_json(BONUS_SETTING)
-        settings[MODEL] = {"bonus_weight": chosen["weight"], "bonus_decay": chosen["decay"]}
     models = _models(ctx, config, inputs)
+    ours = models[MODEL]
+    if isinstance(ours, BonusScorer):
+        settings[MODEL] = dict(zip(ours.bonus.graphs.names, ours.bonus.weights, strict=True))
     for baseline in config.evaluation.baselines:
-        if baseline == "popularity":
-            models[baseline] = Popularity(counts)
-        else:
-            knn = _itemknn(ctx, histories, allowed=allowed)
-            models[baseline] = knn
-            settings[baseline] = {"alpha": knn.alpha, "decay": knn.decay}
+        models[baseline], chosen = _baseline(ctx, baseline, inputs, catalog, histories, allowed=allowed)
+        if chosen:
+            settings[baseline] = chosen
     ranks = {}
     for name, scorer in models.items():
         progress = ctx.progress(len(test), f"rank all items: {name}")
@@ -84,8 +83,8 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         "bootstrap": config.evaluation.bootstrap,
         "confidence": CONFIDENCE,
     }
-    ours = metrics["models"][MODEL]["removed"]
-    ctx.log_metrics(0, {metric: cell["mean"] for metric, cell in ours.items()})
+    reached = metrics["models"][MODEL]["removed"]
+    ctx.log_metrics(0, {metric: cell["mean"] for metric, cell in reached.items()})
     writer = ctx.writer()
     writer.save_json("metrics.json", metrics)
     writer.write_bytes("ranks.parquet", _parquet(ranks_table(test, histories, ranks=ranks, slices=slices)))
@@ -93,7 +92,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         "domain": domain,
         "num_users": len(test),
         "models": list(models),
-        **{metric: ours[metric]["mean"] for metric in ("hr@10", "ndcg@10")},
+        **{metric: reached[metric]["mean"] for metric in ("hr@10", "ndcg@10")},
     }
     return ctx.commit(writer, meta=meta, inputs=inputs)
 
@@ -101,18 +100,35 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
 def _models(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> dict[str, Scorer]:
     """The model, and beside it the semantic IDs alone where it has more than them."""
     semantic_ids = token_table(inputs["quantizer"]).codes
+    model = load_scorer(
+        inputs["finetune"],
+        inputs.get("neighbours"),
+        semantic_ids=semantic_ids,
+        chunk_items=config.ranking.chunk_items,
+        device=ctx.device,
+    )
+    return {MODEL: model, IDS_ALONE: model.base} if isinstance(model, BonusScorer) else {MODEL: model}
 
-    def load(*, bonus: bool) -> Scorer:
-        return load_scorer(
-            inputs["finetune"],
-            semantic_ids=semantic_ids,
-            chunk_items=config.ranking.chunk_items,
-            device=ctx.device,
-            bonus=bonus,
-        )
 
-    whole = load(bonus=True)
-    return {MODEL: whole, IDS_ALONE: load(bonus=False)} if isinstance(whole, BonusScorer) else {MODEL: whole}
+def _baseline(
+    ctx: StageContext,
+    name: str,
+    inputs: Mapping[str, Artifact],
+    catalog: CatalogView,
+    histories: Histories,
+    *,
+    allowed: NDArray[np.bool_],
+) -> tuple[Scorer, dict[str, float]]:
+    """A baseline, fitted here or trained by its own stage, and what validation chose of it."""
+    if name == "popularity":
+        return Popularity(np.asarray(catalog.train_counts)), {}
+    if name == "itemknn":
+        knn = _itemknn(ctx, histories, allowed=allowed)
+        return knn, {"alpha": knn.alpha, "decay": knn.decay}
+    scorer = load_item_scorer(inputs[name], device=ctx.device)
+    meta = inputs[name].meta
+    best = {"best_epoch": meta["best"]["epoch"], f"validation_{MONITOR}": meta["best"][MONITOR]}
+    return scorer, {"epochs": meta["epochs"], **best}
 
 
 def _itemknn(ctx: StageContext, histories: Histories, *, allowed: NDArray[np.bool_]) -> ItemKNN:

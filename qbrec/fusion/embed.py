@@ -59,6 +59,7 @@ class FusionEncoder:
             depth=meta["depth"],
             heads=meta["heads"],
             alignment_temperature=meta["alignment_temperature"],
+            gated=meta["gated"],
             hashed_rows=meta["id_embedding"] == "hashed",
             statistics=artifact.load_safetensors("statistics.safetensors"),
         )

@@ -132,6 +132,7 @@ class FusionModel(nn.Module):
         depth: Number of cross-attention blocks.
         heads: Attention heads.
         alignment_temperature: τ of the alignment.
+        gated: Whether items choose how many blocks they take; all take all otherwise.
         hashed_rows: Whether an item's own ID query is a random vector computed from its row, none learnt.
         statistics: `mean.<m>` and `std.<m>` float32 [d_m] of the dense modalities; frozen.
     """
@@ -144,6 +145,7 @@ class FusionModel(nn.Module):
         depth: int,
         heads: int,
         alignment_temperature: float,
+        gated: bool = True,
         hashed_rows: bool = False,
         statistics: Mapping[str, Tensor],
     ) -> None:
@@ -169,7 +171,7 @@ class FusionModel(nn.Module):
         self.kinds = nn.Embedding(len(self.modalities) + 1, width)
         nn.init.normal_(self.kinds.weight, std=QUERY_STD)
         self.blocks = nn.ModuleList(CrossBlock(width, heads) for _ in range(depth))
-        self.gates = nn.ModuleList(_gate(width) for _ in range(depth - 1))
+        self.gates = nn.ModuleList(_gate(width) for _ in range(depth - 1 if gated else 0))
 
     def forward(self, batch: FusionBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass with the soft gate: h ← h + (Π_{k<l} g^(k)) · Δ^(l).
@@ -182,7 +184,7 @@ class FusionModel(nn.Module):
         weight = torch.ones_like(state[:, 0])
         weights = []
         for level, block in enumerate(self.blocks):
-            if level:
+            if level and self.gates:
                 weight = weight * self._gate(level - 1, state)
             weights.append(weight)
             state = state + weight[:, None] * block(state, tokens, visible)
@@ -202,7 +204,7 @@ class FusionModel(nn.Module):
         depth = torch.zeros(len(state), dtype=torch.uint8, device=state.device)
         active = torch.arange(len(state), device=state.device)
         for level, block in enumerate(self.blocks):
-            if level:
+            if level and self.gates:
                 weight = weight * self._gate(level - 1, state[active])
                 going = weight >= 0.5
                 active, weight = active[going], weight[going]

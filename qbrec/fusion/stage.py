@@ -44,13 +44,14 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         `fused`, `depth`.
 
     Raises:
-        ConfigError: A modality of the catalogue is called like one of ours.
+        ConfigError: A modality of the catalogue is called like one of ours, or `fusion.modalities` names one
+            that there is not.
         DataError: No item has any modality.
     """
     fusion, catalog = config.fusion, inputs["catalog"]
     items = BlockSet.open(catalog, "items")
     behaviour = _behaviour(ctx, fusion, catalog, num_items=items.num_samples)
-    modalities = _modalities(catalog, items, behaviour)
+    modalities = _chosen(_modalities(catalog, items, behaviour), fusion.modalities)
     statistics = _statistics(catalog, modalities, behaviour)
     identity = _identity(fusion, items.num_samples)
     torch.manual_seed(ctx.sub_seed("fusion.init"))
@@ -60,6 +61,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         depth=fusion.depth,
         heads=fusion.heads,
         alignment_temperature=fusion.alignment_temperature,
+        gated=fusion.gate,
         hashed_rows=identity == "hashed",
         statistics=statistics,
     )
@@ -97,6 +99,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         "depth": fusion.depth,
         "heads": fusion.heads,
         "alignment_temperature": fusion.alignment_temperature,
+        "gated": fusion.gate,
         "modalities": [{"name": s.name, "kind": s.kind, "dim": s.dim} for s in modalities],
         "id_embedding": identity,
         "num_items": items.num_samples,
@@ -145,6 +148,18 @@ def _modalities(catalog: Artifact, items: BlockSet, behaviour: NDArray[Any] | No
     return found
 
 
+def _chosen(found: list[ModalitySpec], names: tuple[str, ...]) -> list[ModalitySpec]:
+    known = [spec.name for spec in found]
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigError(
+            f"there is no view {missing[0]!r} to fuse",
+            where="fusion.modalities",
+            fix=f"name some of {', '.join(known)}, or none for all",
+        )
+    return [spec for spec in found if not names or spec.name in names]
+
+
 def _statistics(
     catalog: Artifact, modalities: list[ModalitySpec], behaviour: NDArray[Any] | None
 ) -> dict[str, Tensor]:
@@ -170,7 +185,7 @@ def _behaviour(
     ctx: StageContext, fusion: FusionConfig, catalog: Artifact, *, num_items: int
 ) -> NDArray[Any] | None:
     """Behaviour features of all items, computed once by rank 0 and mapped by the others."""
-    if not fusion.behaviour_dim:
+    if not fusion.behaviour_dim or (fusion.modalities and BEHAVIOUR not in fusion.modalities):
         return None
     path = _behaviour_file(ctx)
     if ctx.is_main and not path.exists():

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qbrec.config import RootConfig
+from qbrec.plan.baselines import baseline_plan
 from qbrec.plan.disk import DISPLAY, USER, catalog_disk
 from qbrec.plan.memory import CPU_BASE, GPU_BASE, GPU_HOST_BASE
+from qbrec.plan.neighbours import neighbours_plan
 from qbrec.plan.quantizing import quantizer_plan
 from qbrec.plan.scenario import GIB, Resolved, Scenario, resolve, sequence_lengths
 from qbrec.plan.stages import StagePlan, evaluation_plan, fusion_plan, sequence_plan
 
 _ALONE = ("evaluation",)  # stages that run once, not on every rank
+_BASELINES = ("sasrec", "bert4rec")  # stages that only the evaluation asks for
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,14 @@ def make_plan(config: RootConfig, scenario: Scenario) -> Plan:
         StagePlan("catalog", disk=catalog_disk(scenario)),
         fusion_plan(config, scenario, resolved),
         quantizer_plan(config, scenario, resolved),
-        sequence_plan("pretrain", config, scenario, resolved),
+        *([neighbours_plan(config, scenario, resolved)] if config.ranking.neighbours else []),
+        *([sequence_plan("pretrain", config, scenario, resolved)] if config.sequence.pretraining else []),
         sequence_plan("finetune", config, scenario, resolved),
+        *(
+            baseline_plan(name, config, scenario, resolved)
+            for name in _BASELINES
+            if name in config.evaluation.baselines
+        ),
         evaluation_plan(config, scenario, resolved),
     )
     warnings = [text for stage in stages for text in _warnings(stage, config, scenario)]
@@ -75,7 +84,7 @@ def _warnings(stage: StagePlan, config: RootConfig, scenario: Scenario) -> list[
                 f"{scenario.host_bytes / GIB:,.1f} GiB of a machine; most of it: {part}; {mend}"
             )
     if stage.busy is not None and stage.busy < scenario.world:
-        key = "fusion.train" if stage.name == "fusion" else f"sequence.{stage.name}"
+        key = _keys(stage.name)[0]
         found.append(
             f"{stage.name}: a batch has micro-batches for {stage.busy} of {scenario.world} ranks, the others "
             f"wait; raise {key}.batch_size or lower {key}.micro_batch"
@@ -125,17 +134,27 @@ def _mend(stage: str, parts: dict[str, int], config: RootConfig) -> tuple[str, s
         largest = next(iter(parts))
         return f"{largest} {parts[largest] / GIB:,.1f} GiB", "use more machines, or larger ones"
     name = names[0]
-    train, width = (
-        ("fusion.train", "fusion.width") if stage == "fusion" else (f"sequence.{stage}", "sequence.width")
-    )
+    train, width = _keys(stage)
     beside = ""
     if stage == "fusion":
         beside = " and fusion.group"
+    elif stage in _BASELINES:
+        beside = f" or baselines.{stage}.candidates"
     elif config.sequence.item_weight > 0:
         beside = " or sequence.candidates"
-    return f"{name} {parts[name] / GIB:,.1f} GiB", _MENDS[name].format(
-        train=train, width=width, beside=beside
-    )
+    mend = _MENDS[name].format(train=train, width=width, beside=beside)
+    if stage in _BASELINES:
+        mend += f"; or leave {stage} out of evaluation.baselines"
+    return f"{name} {parts[name] / GIB:,.1f} GiB", mend
+
+
+def _keys(stage: str) -> tuple[str, str]:
+    """Where a stage's training and the width of its network are set."""
+    if stage == "fusion":
+        return "fusion.train", "fusion.width"
+    if stage in _BASELINES:
+        return f"baselines.{stage}.train", f"baselines.{stage}.width"
+    return f"sequence.{stage}", "sequence.width"
 
 
 def _assumptions(config: RootConfig, scenario: Scenario, resolved: Resolved) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from qbrec.plan.memory import FLOAT, RankMemory, add_rows, add_training, precise
 from qbrec.plan.parameters import encoder_parameters, fusion_parameters
 from qbrec.plan.scenario import Resolved, Scenario, sequence_lengths
 from qbrec.plan.work import encoder_flops, fusion_flops, fusion_forward, largest_batch, mean_batch
-from qbrec.ranking.cooccurrence import WINDOW
 from qbrec.ranking.validate import batch_rows
 from qbrec.storage.order import WINDOW_BLOCKS
 
@@ -189,50 +188,48 @@ def sequence_plan(name: str, config: RootConfig, scenario: Scenario, resolved: R
     )
     memory.host.keep("batches read ahead", STEPS_AHEAD * dealt.micro_steps * INT64 * largest.items)
     _ranking(memory, config, scenario, levels)
-    if tuning and config.ranking.neighbours:
-        # While pairs are added up: the sum so far, the new part and their sum, 8 + 8 bytes an entry.
-        pairs = min(2 * WINDOW * scenario.users * scenario.train_interactions, float(scenario.items) ** 2)
-        memory.host.during("co-occurrence bonus", "pairs counted, at most", 3 * 16 * pairs)
     disk = {
         "network": FLOAT * parameters.total,
         "checkpoints": checkpoint_files(train) * 3 * FLOAT * parameters.total,
     }
-    if tuning and config.ranking.neighbours:
-        disk["neighbours, at most"] = 8 * scenario.items * (config.ranking.neighbours + 1)
     mean = mean_batch(train.micro_batch, lengths, masks=masks, levels=len(levels))
     speed = scenario.peak(resolved.precision) * scenario.mfu
     seconds = encoder_flops(sequence, levels, mean) / speed + scenario.overhead
+    rate = history_rate(train, scenario, seconds=seconds)
+    steps = dealt.steps * train.epochs
+    hours = steps * dealt.micro_steps * seconds / 3600
+    return StagePlan(name, memory, disk, rate, steps, hours, dealt.busy)
+
+
+def history_rate(train: TrainConfig, scenario: Scenario, *, seconds: float) -> float:
+    """Bytes/s that a rank reads of histories, where a micro-batch takes so many seconds."""
     # A history is one run of rows; its domain, its end and its length lie elsewhere.
     run = INT64 * scenario.interactions
-    touched = sum(min(size + PAGE, size * world) for size in (run, 1, 8, 8))
-    steps = dealt.steps * train.epochs
-    return StagePlan(
-        name,
-        memory,
-        disk,
-        train.micro_batch * touched / seconds,
-        steps,
-        steps * dealt.micro_steps * seconds / 3600,
-        dealt.busy,
-    )
+    touched = sum(min(size + PAGE, size * scenario.world) for size in (run, 1, 8, 8))
+    return train.micro_batch * touched / seconds
 
 
 def _ranking(memory: RankMemory, config: RootConfig, scenario: Scenario, levels: tuple[int, ...]) -> None:
-    """What every rank holds to score validation users over the whole catalogue while it trains."""
+    """What every rank holds to score users by semantic IDs while it trains."""
     items, depth = scenario.items, len(levels)
     narrow = items * depth * (1 if max(levels) <= 256 else FLOAT)
     memory.device.keep("id table", narrow)
+    memory.device.during("evaluation", "id table of the scorer", narrow + FLOAT * items * depth)
+    memory.host.during("evaluation", "codes of the scorer", FLOAT * items * depth)
+    add_validation(memory, config, scenario)
+
+
+def add_validation(memory: RankMemory, config: RootConfig, scenario: Scenario) -> None:
+    """What every rank holds to rank validation targets over the whole catalogue while it trains."""
+    items = scenario.items
     memory.host.keep("candidates and order of items", items * (INT64 + INT64 + 1))
     interactions = scenario.users * scenario.interactions
     memory.host.keep("histories of all users", 2 * INT64 * interactions + scenario.users * (4 * INT64 + 9))
     memory.host.during("reading histories", "their parts, before they are joined", 2 * INT64 * interactions)
     if memory.on_gpu:
         memory.device.during("forward and backward", "candidates", INT64 * items)
-    phase = "evaluation"
-    memory.device.during(phase, "id table of the scorer", narrow + FLOAT * items * depth)
-    memory.host.during(phase, "codes of the scorer", FLOAT * items * depth)
     scored = batch_rows(config.evaluation.batch_users, items) * items
-    memory.device.during(phase, "scores", scored * (FLOAT + (3 if memory.on_gpu else 0)))
+    memory.device.during("evaluation", "scores", scored * (FLOAT + (3 if memory.on_gpu else 0)))
 
 
 def evaluation_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) -> StagePlan:

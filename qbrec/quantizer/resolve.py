@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ def resolve(
     *,
     catalog: CatalogView,
     blocks: BlockSet,
+    seed: int,
 ) -> Resolution:
-    """Apply the policy of the configuration to the raw codes of the whole catalogue.
+    """Apply the policy of the configuration to the raw codes of the whole catalogue, and shuffle if asked to.
 
     Args:
         raw: Codes as encoded, unsigned [N, L].
@@ -35,10 +37,26 @@ def resolve(
         config: Policy and what belongs to it.
         catalog: Content groups, popularity and retired items, which take no room from others.
         blocks: Of the fusion artifact.
+        seed: Of the shuffling.
 
     Raises:
         ConfigError: Policy `digit`, and an ID does not fit into 63 bits.
     """
+    resolution = _resolved(raw, quantizer, config, catalog=catalog, blocks=blocks)
+    if not config.shuffled:
+        return resolution
+    order = np.random.default_rng(seed).permutation(len(raw))
+    return replace(resolution, codes=resolution.codes[order])
+
+
+def _resolved(
+    raw: NDArray[Any],
+    quantizer: Quantizer,
+    config: QuantizerConfig,
+    *,
+    catalog: CatalogView,
+    blocks: BlockSet,
+) -> Resolution:
     sizes = quantizer.sizes
     if config.collisions == "none":
         return Resolution(raw, sizes, 0, 0)

@@ -106,7 +106,9 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     quality: dict[str, Any] = {}
     final = sizes  # with the policy `digit` rank 0, whose manifest is the one that counts, adds a level
     if ctx.is_main:
-        resolution = resolve(raw, quantizer, cfg, catalog=catalog, blocks=blocks)
+        resolution = resolve(
+            raw, quantizer, cfg, catalog=catalog, blocks=blocks, seed=ctx.sub_seed("quantizer.shuffle")
+        )
         ids, final = resolution.codes, resolution.sizes
         quality = assess(
             ctx,

@@ -55,13 +55,7 @@ def top_k(
         ConfigError: k is below 1 or above the catalogue.
         DataError: A score is NaN.
     """
-    num_items = scores.shape[1]
-    if not 1 <= k <= num_items:
-        raise ConfigError(
-            f"k is {k}, but the catalogue has {num_items} items",
-            where="--k",
-            fix=f"choose k from 1 to {num_items}",
-        )
+    check_k(k, num_items=scores.shape[1])
     ties = torch.as_tensor(tie_rank, device=scores.device)
     # Real scores stay above -inf, so that -inf alone means "taken out".
     work = scores.float().clamp_min(LOWEST)
@@ -72,7 +66,7 @@ def top_k(
         work[rows, items] = -torch.inf
     best, index = work.topk(k, dim=1)
     if torch.isnan(best[:, 0]).any():  # topk puts NaN first
-        raise _nan()
+        raise not_a_number()
     last = best[:, -1:]
     cut_tie = torch.nonzero((work >= last).sum(1) > k).flatten()
     if len(cut_tie):
@@ -185,7 +179,7 @@ def _count_numpy(
     for i, row in enumerate(table):
         greater, least = row > own[i], row >= own[i]
         if np.count_nonzero(least) + np.count_nonzero(row < own[i]) != len(row):
-            raise _nan()
+            raise not_a_number()
         if competes is not None:
             greater &= competes
             least &= competes
@@ -198,7 +192,7 @@ def _count_torch(
     scores: torch.Tensor, mine: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if torch.isnan(scores).any():
-        raise _nan()
+        raise not_a_number()
     greater, equal = scores > mine, scores == mine
     if mask is not None:
         greater &= mask
@@ -216,7 +210,18 @@ def _pairs(ragged: Ragged, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return torch.from_numpy(rows[fresh]).to(device), torch.from_numpy(items[fresh]).to(device)
 
 
-def _nan() -> DataError:
+def check_k(k: int, *, num_items: int) -> None:
+    """Refuse a `k` below 1 or above the catalogue with a ConfigError."""
+    if not 1 <= k <= num_items:
+        raise ConfigError(
+            f"k is {k}, but the catalogue has {num_items} items",
+            where="--k",
+            fix=f"choose k from 1 to {num_items}",
+        )
+
+
+def not_a_number() -> DataError:
+    """What to raise where a model's score is NaN."""
     return DataError(
         "the model scores some items as NaN, so they cannot be ranked",
         where="ranking",

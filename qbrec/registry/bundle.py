@@ -15,7 +15,8 @@ from typing import Any
 
 from qbrec.config import RootConfig
 from qbrec.errors import DataError
-from qbrec.sequence.bonus import BONUS_FILES
+from qbrec.ranking.graphs import GRAPHS
+from qbrec.sequence.bonus import BONUS_FILE
 from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore, write_atomic
 from qbrec.storage.id_table import GENERATION, IDS, numbered
 from qbrec.storage.token_table import MODALITY_CODES, SEMANTIC_IDS
@@ -35,7 +36,8 @@ PARTS: dict[str, tuple[str, ...]] = {
         "representatives.npy",
     ),
     "quantizer": (SEMANTIC_IDS, MODALITY_CODES, "codebooks.safetensors", "labels.json", "quality.json"),
-    "finetune": ("encoder.safetensors", "encoder.json", *BONUS_FILES),
+    "neighbours": (GRAPHS,),
+    "finetune": ("encoder.safetensors", "encoder.json", BONUS_FILE),
     "evaluation": ("metrics.json", "ranks.parquet"),
 }
 # The same of every generation: generation-1, ids-1, generation-2, …
@@ -73,6 +75,8 @@ def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Ar
         for kind, names in GENERATION_PARTS.items()
         for number in range(1, len(numbered(artifacts, kind)) + 1)
     }
+    if "neighbours" not in artifacts:  # a run without a bonus
+        del wanted["neighbours"]
     for kind, names in wanted.items():
         artifact = require(artifacts, kind)
         present = [artifact.file(name) for name in names if artifact.has(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -19,9 +20,10 @@ from qbrec.storage.ragged import Ragged
 
 if TYPE_CHECKING:
     from qbrec.ranking import Scorer
+    from qbrec.ranking.recommend import Allowed
     from qbrec.storage.generations import GenerationsView
 
-BATCH = 64  # histories scored at once: the scores of one batch are [BATCH, N] float32
+BATCH = 64  # histories scored at once
 _SUGGEST_FROM = 20_000  # ids compared letter by letter for a suggestion
 
 
@@ -45,6 +47,7 @@ class Recommender:
         labels: Words per code prefix (`"12"`, `"12.7"`, …), most telling first.
         scorer: Scores every item for histories.
         domain: The domain that histories and recommendations belong to.
+        ranking: How the scorer is searched.
 
     Attributes:
         num_candidates: Items that can be recommended.
@@ -59,16 +62,19 @@ class Recommender:
         labels: Mapping[str, Sequence[str]],
         scorer: Scorer,
         domain: str,
+        ranking: RankingConfig | None = None,
     ) -> None:
         from qbrec.ranking import tie_rank
+        from qbrec.ranking.recommend import Ranker
 
-        self._catalog, self._ids, self._labels, self._scorer = catalog, semantic_ids, labels, scorer
+        self._catalog, self._ids, self._labels = catalog, semantic_ids, labels
         self.domain = domain
         self._domain_index = catalog.domain_number(domain)
         self._allowed = catalog.candidates(domain)[: len(semantic_ids)]
         popularity = np.zeros(len(semantic_ids), np.int64)  # nobody was trained on an appended item
         popularity[: catalog.base.num_items] = catalog.base.train_counts
         self._tie_rank = tie_rank(popularity)
+        self._ranker = Ranker(scorer, tie_rank=self._tie_rank, config=ranking or RankingConfig())
         self.num_candidates = int(self._allowed.sum())
         self.num_waiting = int(catalog.candidates(domain)[len(semantic_ids) :].sum())
 
@@ -91,8 +97,8 @@ class Recommender:
         """Build it from a run's artifacts.
 
         Args:
-            artifacts: `catalog`, `quantizer`, `finetune`, and the generations appended since:
-                `generation-1`, `ids-1`, `generation-2`, …
+            artifacts: `catalog`, `quantizer`, `finetune`, `neighbours` where the run has them, and the
+                generations appended since: `generation-1`, `ids-1`, `generation-2`, …
             ranking: The run's ranking configuration.
             domain: None: the catalogue's target domain.
 
@@ -117,12 +123,50 @@ class Recommender:
             catalog=catalog,
             semantic_ids=table.codes,
             labels=quantizer.load_json("labels.json"),
-            scorer=load_scorer(finetune, semantic_ids=table.tokens, chunk_items=ranking.chunk_items),
+            scorer=load_scorer(
+                finetune,
+                artifacts.get("neighbours"),
+                semantic_ids=table.tokens,
+                chunk_items=ranking.chunk_items,
+            ),
             domain=domain,
+            ranking=ranking,
         )
 
+    def only(
+        self, *, categories: Sequence[str] | None = None, item_ids: Sequence[str] | None = None
+    ) -> Allowed:
+        """Make a filter ready for any number of requests: what may be recommended.
+
+        Args:
+            categories: Names; an item is in a category that its path goes through. None: all items.
+            item_ids: The items in stock, say; all of them in the catalogue. None: all items.
+
+        Raises:
+            DataError: A category or item is unknown, or nothing is left to recommend.
+        """
+        from qbrec.registry.filters import in_categories, with_ids
+
+        mask = self._allowed.copy()
+        if categories is not None:
+            mask &= in_categories(self._catalog, np.flatnonzero(mask), categories, num_items=len(mask))
+        if item_ids is not None:
+            mask &= with_ids(self._catalog, item_ids, self.domain, num_items=len(mask))
+        if not mask.any():
+            raise DataError(
+                "the filter leaves nothing to recommend",
+                where=self.domain,
+                fix="name categories and items that are on offer and have a semantic ID",
+            )
+        return self._ranker.only(mask)
+
     def recommend(
-        self, histories: Sequence[Sequence[str]], *, k: int = 10, keep_seen: bool = False
+        self,
+        histories: Sequence[Sequence[str]],
+        *,
+        k: int = 10,
+        keep_seen: bool = False,
+        among: Allowed | None = None,
     ) -> list[list[Recommendation]]:
         """The k best items of the domain for every history, best first.
 
@@ -131,6 +175,7 @@ class Recommender:
                 filter of seen items reads all.
             k: Items per history; fewer come back where everything else was seen.
             keep_seen: Also recommend what the history holds.
+            among: A filter from `only`; None: the whole domain.
 
         Raises:
             DataError: A history is empty or names an item that the catalogue does not have; or every item is
@@ -145,15 +190,19 @@ class Recommender:
                 where=self.domain,
                 fix="append items, or end the run with `qbrec run`, which gives the waiting ones their IDs",
             )
-        if not 1 <= k <= self.num_candidates:
+        count = self.num_candidates if among is None else among.count
+        if not 1 <= k <= count:
             raise ConfigError(
-                f"k is {k}, but the domain {self.domain!r} has {self.num_candidates:,} items",
+                f"k is {k}, but the domain {self.domain!r} has {count:,} items"
+                + ("" if among is None else " that the filter allows"),
                 where="k",
-                fix=f"choose k between 1 and {self.num_candidates}",
+                fix=f"choose k between 1 and {count}",
             )
         found: list[list[Recommendation]] = []
         for start in range(0, len(rows), BATCH):
-            found += self._batch(rows[start : start + BATCH], k=k, keep_seen=keep_seen)
+            found += self._batch(
+                rows[start : start + BATCH], k=k, keep_seen=keep_seen, among=among or self._on_offer
+            )
         return found
 
     def popular(self, count: int) -> list[str]:
@@ -174,18 +223,17 @@ class Recommender:
 
         return describe(self._labels, [int(code) for code in self._ids[row]])
 
-    def _batch(self, rows: list[NDArray[np.int64]], *, k: int, keep_seen: bool) -> list[list[Recommendation]]:
-        from qbrec.ranking import top_k
+    @cached_property
+    def _on_offer(self) -> Allowed:
+        """Everything that may be recommended, made ready by the first request."""
+        return self._ranker.only(self._allowed)
 
+    def _batch(
+        self, rows: list[NDArray[np.int64]], *, k: int, keep_seen: bool, among: Allowed
+    ) -> list[list[Recommendation]]:
         histories = Ragged.from_lists([list(row) for row in rows])
-        scores = self._scorer.scores(histories, self._domain_index)
-        best, values = top_k(
-            scores,
-            k,
-            tie_rank=self._tie_rank,
-            exclude=None if keep_seen else self._ranked(histories),
-            allowed=self._allowed,
-        )
+        exclude = None if keep_seen else self._ranked(histories)
+        best, values = self._ranker.top_k(histories, self._domain_index, k, exclude=exclude, among=among)
         pairs = zip(best.cpu().numpy(), values.cpu().numpy(), strict=True)
         return [self._describe(found[found >= 0], score[found >= 0]) for found, score in pairs]
 

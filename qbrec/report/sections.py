@@ -11,12 +11,24 @@ from qbrec.report.run_log import duration, read_curves, read_seconds
 from qbrec.report.svg import Series, line_chart, number
 from qbrec.storage.artifact import Artifact
 
-STAGES = ("catalog", "fusion", "quantizer", "pretrain", "finetune", "evaluation")
+STAGES = (
+    "catalog",
+    "fusion",
+    "quantizer",
+    "neighbours",
+    "pretrain",
+    "finetune",
+    "sasrec",
+    "bert4rec",
+    "evaluation",
+)
 TRAINED = {
     "fusion": "Fusion: cross-modal injection",
     "quantizer": "Quantizer",
     "pretrain": "Masked pretraining",
     "finetune": "Fine-tuning",
+    "sasrec": "Baseline SASRec",
+    "bert4rec": "Baseline BERT4Rec",
 }
 _HIDDEN = ("learning_rate",)
 
@@ -25,7 +37,12 @@ def flow(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact]) -
     """Every stage with its time and what came out."""
     seconds = read_seconds(run_dir)
     stages = []
+    left_out = set(type(config.baselines).model_fields) - set(config.evaluation.baselines)
+    left_out |= set() if config.ranking.neighbours else {"neighbours"}
+    left_out |= set() if config.sequence.pretraining else {"pretrain"}
     for name in STAGES:
+        if name in left_out:
+            continue
         artifact = artifacts.get(name)
         if artifact is None:
             stages.append(Stage(name=name, time="not run", fact="", fingerprint=""))
@@ -125,6 +142,10 @@ def _fact(name: str, artifact: Artifact, config: RootConfig) -> str:
         return f"width {config.fusion.width}, depth {config.fusion.depth}"
     if name == "quantizer":
         return f"{' × '.join(str(k) for k in meta['levels'])} codes, {config.quantizer.method}"
+    if name == "neighbours":
+        return f"{sum(meta['arrows'].values()):,} arrows: {', '.join(meta['arrows'])}"
     if name in ("pretrain", "finetune"):
         return f"layers: {config.sequence.layers}, width {config.sequence.width}"
+    if name in ("sasrec", "bert4rec"):
+        return f"best of {meta['epochs']} epochs: {meta['best']['epoch']}"
     return f"{len(config.evaluation.baselines)} baselines, {config.evaluation.bootstrap:,} resamples"

@@ -1,4 +1,4 @@
-"""The co-occurrence bonus of the model: fitted and weighed when fine-tuning ends, kept beside the encoder."""
+"""The bonus of the model: weighed when fine-tuning ends, its weights kept beside the encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from qbrec.config import RootConfig
 from qbrec.engine.context import StageContext
-from qbrec.ranking.cooccurrence import BonusScorer, Neighbours, tune_bonus
+from qbrec.ranking.bonus import Bonus, BonusScorer, tune_bonus
+from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer, Scorer
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import contexts_and_targets, drawn_users
@@ -18,29 +19,26 @@ from qbrec.sequence.recommender import SequenceRecommender
 from qbrec.storage.artifact import Artifact, ArtifactWriter
 from qbrec.storage.catalog_view import CatalogView
 
-BONUS_SETTING = "bonus.json"
-_PARTS = ("indptr", "indices", "data")
-BONUS_FILES = (BONUS_SETTING, *(f"neighbours.{part}.npy" for part in _PARTS))
+BONUS_FILE = "bonus.json"
 
 
 def fit_bonus(
-    ctx: StageContext, config: RootConfig, catalog: CatalogView, *, scorer: Scorer
-) -> tuple[Neighbours, dict[str, float]]:
-    """Count followers in the training part of the target domain and choose the weight on validation.
+    ctx: StageContext, config: RootConfig, catalog: CatalogView, *, graphs: ItemGraphs, scorer: Scorer
+) -> tuple[Bonus, dict[str, float]]:
+    """Fit the weights of the paths on the validation users of the target domain.
 
     Args:
         ctx: The rank's context; the users are shared among the ranks.
         config: The whole configuration.
         catalog: The catalogue.
+        graphs: Its item graphs.
         scorer: The trained scorer over semantic IDs.
 
     Returns:
-        The neighbours with the chosen weight and decay, and NDCG@10 of every setting tried.
+        The bonus, and NDCG@10 by share of it added.
     """
     target = config.data.target_domain
     histories = catalog.load_histories(target)
-    training = histories.rows.prefix(np.asarray(histories.cut)[:, 0])
-    neighbours = Neighbours.fit(training, num_items=catalog.num_items, keep=config.ranking.neighbours)
     users = drawn_users(
         histories, max_users=config.sequence.validation_users, seed=ctx.sub_seed("sequence/validation")
     )
@@ -52,52 +50,57 @@ def fit_bonus(
         batches.append((*contexts_and_targets(histories, batch, part=0), histories.domain[batch]))
     return tune_bonus(
         scorer,
-        neighbours,
+        graphs,
         batches,
         tie_rank=tie_rank(np.asarray(catalog.train_counts)),
         allowed=catalog.candidates(target),
-        all_reduce=ctx.all_reduce,
+        gather=ctx.gather_bytes,
         device=ctx.device,
     )
 
 
-def save_bonus(writer: ArtifactWriter, neighbours: Neighbours, table: dict[str, float]) -> None:
-    """Write `BONUS_FILES`: the chosen setting, NDCG@10 of all settings, the followers."""
-    writer.save_json(
-        BONUS_SETTING, {"weight": neighbours.weight, "decay": neighbours.decay, "validation_ndcg@10": table}
-    )
-    for part, array in neighbours.arrays().items():
-        writer.save_npy(f"neighbours.{part}.npy", array)
+def save_bonus(writer: ArtifactWriter, bonus: Bonus, table: dict[str, float]) -> None:
+    """Write `BONUS_FILE`: the weight of every path, NDCG@10 by share of the bonus."""
+    weights = dict(zip(bonus.graphs.names, bonus.weights, strict=True))
+    writer.save_json(BONUS_FILE, {"weights": weights, "validation_ndcg@10": table})
 
 
-def load_scorer(
-    artifact: Artifact,
-    *,
-    semantic_ids: NDArray[Any],
-    chunk_items: int,
-    device: torch.device | str = "cpu",
-    bonus: bool = True,
-) -> Scorer:
-    """*The model*: what early stop, evaluation, `recommend`, gates and bundle rank with.
-
-    Args:
-        artifact: Of fine-tuning, or its part of a bundle.
-        semantic_ids: Codes of all items [N, L].
-        chunk_items: Items scored at once.
-        device: Where the encoder shall run.
-        bonus: False leaves the co-occurrence bonus out: semantic IDs alone.
+def load_bonus(finetune: Artifact, neighbours: Artifact | None) -> Bonus | None:
+    """The bonus of a run; None where it has none, or where validation wanted none.
 
     Raises:
         DataError: A file is damaged.
     """
-    encoder = SequenceRecommender.load(artifact, semantic_ids=semantic_ids, device=device)
+    if neighbours is None or not finetune.has(BONUS_FILE):
+        return None
+    weights = finetune.load_json(BONUS_FILE)["weights"]
+    if not any(weights.values()):
+        return None
+    graphs = ItemGraphs.load(neighbours)
+    return Bonus(graphs, tuple(float(weights[name]) for name in graphs.names))
+
+
+def load_scorer(
+    finetune: Artifact,
+    neighbours: Artifact | None = None,
+    *,
+    semantic_ids: NDArray[Any],
+    chunk_items: int,
+    device: torch.device | str = "cpu",
+) -> Scorer:
+    """*The model*: what evaluation ranks with.
+
+    Args:
+        finetune: Of fine-tuning, or its part of a bundle.
+        neighbours: The item graphs; None: semantic IDs alone.
+        semantic_ids: Codes of all items [N, L].
+        chunk_items: Items scored at once.
+        device: Where the encoder shall run.
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    encoder = SequenceRecommender.load(finetune, semantic_ids=semantic_ids, device=device)
     scorer = FactorisedScorer(encoder, semantic_ids=semantic_ids, chunk_items=chunk_items)
-    if not (bonus and artifact.has(BONUS_SETTING)):
-        return scorer
-    setting = artifact.load_json(BONUS_SETTING)
-    if not setting["weight"]:
-        return scorer
-    arrays = {part: np.asarray(artifact.load_npy(f"neighbours.{part}.npy")) for part in _PARTS}
-    return BonusScorer(
-        scorer, Neighbours.from_arrays(arrays, weight=setting["weight"], decay=setting["decay"])
-    )
+    bonus = load_bonus(finetune, neighbours)
+    return scorer if bonus is None else BonusScorer(scorer, bonus)

@@ -14,7 +14,7 @@ import math
 import torch
 
 from qbrec.config.stages import MaskConfig
-from qbrec.engine.mixing import GOLDEN, mix, signed, stream
+from qbrec.engine.mixing import uniform
 
 # Purposes: separate streams for separate decisions about one sample.
 (
@@ -28,35 +28,12 @@ from qbrec.engine.mixing import GOLDEN, mix, signed, stream
     PARTIAL_LEVEL,
     PREFIX,
     PREFIX_LENGTH,
-    CANDIDATES,
-) = range(11)
+) = range(10)  # the next one is `engine.candidates.CANDIDATES`
 
 SPAN, TAIL, MULTI_REGION = range(3)
 
 # Stopping probability of the geometric span length: mean about 2 items, most spans within `max_span`.
 _STOP = 0.4
-
-
-def uniform(
-    samples: torch.Tensor, *, seed: int, epoch: int, purpose: int, index: torch.Tensor | int = 0
-) -> torch.Tensor:
-    """Uniform numbers in [0, 1), a pure function of the arguments, the same on every device.
-
-    Args:
-        samples: int64 [n], global sample ids.
-        seed: Seed of the stage.
-        epoch: Epoch, from 0.
-        purpose: One of the purposes of this module.
-        index: int64 [n] or one int: which draw of this sample and purpose (its position, say).
-
-    Returns:
-        float32 [n], multiples of 2^-24.
-    """
-    key = mix(mix(samples * GOLDEN + 1) ^ stream(seed, epoch, purpose))
-    step = signed((index + 1) * GOLDEN) if isinstance(index, int) else (index + 1) * GOLDEN
-    bits = mix(key + step)
-    # The top 24 bits are exact in float32, so CPU and GPU agree to the bit.
-    return ((bits >> 40) & ((1 << 24) - 1)).to(torch.float32) * 2.0**-24
 
 
 def _integers(u: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

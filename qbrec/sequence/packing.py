@@ -1,9 +1,4 @@
-"""Packed micro-batches: histories of different lengths side by side without a single padded token.
-
-Histories are sorted by length, so that those of equal length form one contiguous slice, a *group*. Everything
-but attention works token by token on the flat array; attention views each group as [sequences, tokens, …],
-which needs neither padding nor a mask nor a copy.
-"""
+"""Packed micro-batches: histories side by side, sorted by length as `engine.transformer` wants them."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qbrec.engine.transformer import length_groups
 from qbrec.storage.ragged import Ragged
 
 
@@ -63,16 +59,15 @@ def pack(
     Returns:
         The packed batch, and its order int64 [B]: packed history `i` is history `order[i]`.
     """
-    order = np.argsort(histories.lengths, kind="stable")
+    order, groups = length_groups(histories.lengths)
+    assert not groups or groups[0][1] >= 1, "an empty history has no token to hide"
     histories = histories.take(order)
-    values, counts = np.unique(histories.lengths, return_counts=True)
-    assert len(values) == 0 or values[0] >= 1, "an empty history has no token to hide"
     packed = PackedRows(
         rows=torch.from_numpy(histories.values.astype(np.int64)),
         lengths=torch.from_numpy(histories.lengths),
         domains=torch.from_numpy(domains[order]),
         samples=torch.from_numpy(samples[order]),
-        groups=tuple((int(count), int(value)) for value, count in zip(values, counts, strict=True)),
+        groups=groups,
         epoch=epoch,
     )
     return packed, order

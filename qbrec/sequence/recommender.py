@@ -1,7 +1,8 @@
-"""The trained encoder as a `ranking.CodeScorer`: log-probabilities of the next item's codes."""
+"""The trained encoder as a `CodeScorer` and `PrefixScorer`: log-probabilities of the next item's codes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from qbrec.config.stages import SequenceConfig
+from qbrec.engine.weights import load_weights, save_weights
 from qbrec.errors import DataError
 from qbrec.sequence.encoder import SequenceEncoder
-from qbrec.sequence.packing import HiddenCodes, pack
+from qbrec.sequence.packing import HiddenCodes, PackedHistories, pack
 from qbrec.sequence.tasks import id_table
 from qbrec.sequence.vocabulary import Vocabulary
 from qbrec.storage.artifact import Artifact, ArtifactWriter
@@ -86,6 +88,44 @@ class SequenceRecommender:
             )
         return out
 
+    @torch.no_grad()
+    def next_code_log_probs(
+        self, histories: Ragged, domain: NDArray[Any] | int, prefixes: NDArray[np.int64]
+    ) -> torch.Tensor:
+        """One forward over each history followed by an item whose first l codes are known, the others masks.
+
+        Args:
+            histories: B rows of item rows, most recent last; read as by `code_log_probs`.
+            domain: Domain index of each history, [B], or one for all.
+            prefixes: First l < L codes of P possible next items of each history, int64 [B, P, l].
+
+        Returns:
+            float32 [B, P, K_l] log-probabilities of code l; for l = 0 those of `code_log_probs`.
+        """
+        vocabulary = self.module.vocabulary
+        self.module.eval()
+        batch, beams, level = prefixes.shape
+        assert batch == len(histories)
+        assert level < vocabulary.num_levels
+        known = self._known(histories).last(self.module.config.max_items)
+        domains = np.broadcast_to(np.asarray(domain, dtype=np.int64), (batch,))
+        out = torch.empty(batch * beams, vocabulary.levels[level], device=self.device)
+        order = np.argsort(known.lengths, kind="stable")
+        asked = (order[:, None] * beams + np.arange(beams)).ravel()  # pairs of history and prefix
+        for begin in range(0, len(asked), _CHUNK):
+            pairs = asked[begin : begin + _CHUNK]
+            chosen = pairs // beams
+            batched, last = self._batch(known.take(chosen), np.ascontiguousarray(domains[chosen]))
+            place, mask = batched.codes.clone(), torch.zeros_like(batched.codes, dtype=torch.bool)
+            known_codes = torch.from_numpy(prefixes.reshape(batch * beams, level)[pairs])
+            place[last, :level] = known_codes.to(self.device)
+            mask[last, level:] = True
+            nowhere = last[:0]
+            items = tuple(last if other == level else nowhere for other in range(vocabulary.num_levels))
+            scores = self.module(replace(batched, codes=place), HiddenCodes(mask, items))[level]
+            out[torch.from_numpy(pairs).to(self.device)] = scores.log_softmax(-1)
+        return out.view(batch, beams, -1)
+
     def _known(self, histories: Ragged) -> Ragged:
         """The histories without rows that have no semantic ID."""
         values = np.asarray(histories.values, dtype=np.int64)
@@ -95,13 +135,7 @@ class SequenceRecommender:
 
     def _forward(self, histories: Ragged, domains: NDArray[np.int64]) -> torch.Tensor:
         """float32 [B, L, max K_l] of histories sorted by length, at most H long."""
-        # The item to predict: its codes are hidden, so any row does.
-        placed = np.insert(histories.values, histories.offsets[1:], 0)
-        asked = Ragged.from_lengths(placed, histories.lengths + 1)
-        packed, order = pack(asked, domains=domains, samples=np.arange(len(asked)))
-        assert (order[1:] > order[:-1]).all(), "histories come sorted"
-        batch = packed.to(self.device, self._table)
-        last = torch.cumsum(batch.lengths, 0) - 1  # [B]
+        batch, last = self._batch(histories, domains)
         mask = torch.zeros_like(batch.codes, dtype=torch.bool)
         mask[last] = True
         hidden = HiddenCodes(mask, (last,) * self.module.vocabulary.num_levels)
@@ -112,13 +146,20 @@ class SequenceRecommender:
         ]
         return torch.stack(levels, 1)
 
+    def _batch(self, histories: Ragged, domains: NDArray[np.int64]) -> tuple[PackedHistories, torch.Tensor]:
+        """Histories sorted by length, each with one more item, and the places int64 [B] of those items."""
+        # The item to predict: its codes are hidden or replaced, so any row does.
+        placed = np.insert(histories.values, histories.offsets[1:], 0)
+        asked = Ragged.from_lengths(placed, histories.lengths + 1)
+        packed, order = pack(asked, domains=domains, samples=np.arange(len(asked)))
+        assert (order[1:] > order[:-1]).all(), "histories come sorted"
+        batch = packed.to(self.device, self._table)
+        return batch, torch.cumsum(batch.lengths, 0) - 1
+
 
 def save_encoder(writer: ArtifactWriter, module: SequenceEncoder) -> None:
     """Write weights and description of an encoder into an artifact."""
-    weights = {
-        name: tensor.detach().float().cpu().contiguous() for name, tensor in module.state_dict().items()
-    }
-    writer.save_safetensors(WEIGHTS, weights)
+    save_weights(writer, WEIGHTS, module)
     writer.save_json(
         DESCRIPTION,
         {
@@ -140,15 +181,7 @@ def load_encoder(artifact: Artifact) -> SequenceEncoder:
     config = SequenceConfig.model_validate_json(_dump(description["sequence"]))
     vocabulary = Vocabulary(tuple(description["levels"]), tuple(description["domains"]))
     module = SequenceEncoder(config, vocabulary)
-    weights = artifact.load_safetensors(WEIGHTS)
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise DataError(
-            f"the weights do not fit the encoder's description: {error}",
-            where=str(artifact.path),
-            fix="delete this folder and train the stage again",
-        ) from error
+    load_weights(artifact, WEIGHTS, module)
     return module
 
 

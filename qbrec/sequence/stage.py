@@ -11,23 +11,22 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qbrec.config import RootConfig
-from qbrec.config.stages import MaskConfig, TrainConfig
+from qbrec.config.stages import MaskConfig, SequenceConfig, TrainConfig
+from qbrec.engine.candidates import Candidates
 from qbrec.engine.context import StageContext
+from qbrec.engine.history_loader import history_loader
 from qbrec.engine.train import TrainResult, train
-from qbrec.errors import DataError
+from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import validation_metrics
 from qbrec.sequence.bonus import fit_bonus, save_bonus
 from qbrec.sequence.encoder import SequenceEncoder
-from qbrec.sequence.objective import Candidates
-from qbrec.sequence.packing import PackedRows
 from qbrec.sequence.recommender import SequenceRecommender, load_encoder, save_encoder
-from qbrec.sequence.tasks import HISTORY_FIELDS, HistoryCollate, MaskedTask
+from qbrec.sequence.tasks import HistoryCollate, MaskedTask
 from qbrec.sequence.vocabulary import Vocabulary
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView
-from qbrec.storage.loader import BatchLoader
 from qbrec.storage.token_table import CODEBOOKS, TokenTable, codebooks_file, token_table
 
 MONITOR = "ndcg@10"
@@ -48,17 +47,12 @@ def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
         DataError: An input is damaged, or there is no history to learn from.
     """
     catalog = CatalogView(inputs["catalog"])
-    table = token_table(inputs["quantizer"])
-    torch.manual_seed(ctx.sub_seed("sequence/init"))
-    module = SequenceEncoder(config.sequence, Vocabulary(table.sizes, tuple(catalog.domains)))
-    if config.sequence.codebook_start:
-        start_from_codebooks(module, inputs["quantizer"], table)
     return _run(
         ctx,
         config,
         inputs,
         catalog=catalog,
-        module=module,
+        module=_new_encoder(ctx, config, inputs, catalog=catalog),
         masks=config.sequence.masks,
         schedule=config.sequence.pretrain,
         prefix=config.sequence.pretrain_prefix,
@@ -69,13 +63,15 @@ def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
 def finetune(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
     """Go on from the pretrained encoder: the last item of every prefix of the target domain's histories.
 
+    Without one (`sequence.pretraining: false`) it starts as pretraining would, see `from_scratch`.
+
     The weights kept are those with the best validation NDCG@10 of the factorised scorer over the full
     catalogue.
 
     Args:
         ctx: The rank's context.
         config: The whole configuration.
-        inputs: `catalog`, `quantizer` and `pretrain`.
+        inputs: `catalog`, `quantizer`, and `pretrain` and `neighbours` where the run has them.
 
     Returns:
         `encoder.safetensors`, `encoder.json`, `curve.json`.
@@ -89,12 +85,32 @@ def finetune(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
         config,
         inputs,
         catalog=catalog,
-        module=load_encoder(inputs["pretrain"]),
+        module=load_encoder(inputs["pretrain"])
+        if "pretrain" in inputs
+        else _new_encoder(ctx, config, inputs, catalog=catalog),
         masks=config.sequence.finetune_masks,
-        schedule=config.sequence.finetune,
+        schedule=config.sequence.finetune if "pretrain" in inputs else from_scratch(config.sequence),
         prefix=config.sequence.finetune_prefix,
         domain=list(catalog.domains).index(config.data.target_domain),
     )
+
+
+def from_scratch(sequence: SequenceConfig) -> TrainConfig:
+    """Fine-tuning without a pretrained encoder: the epochs of both, at the learning rate of pretraining."""
+    before, schedule = sequence.pretrain, sequence.finetune
+    epochs = before.epochs + schedule.epochs
+    return schedule.model_copy(update={"epochs": epochs, "learning_rate": before.learning_rate})
+
+
+def _new_encoder(
+    ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact], *, catalog: CatalogView
+) -> SequenceEncoder:
+    table = token_table(inputs["quantizer"])
+    torch.manual_seed(ctx.sub_seed("sequence/init"))
+    module = SequenceEncoder(config.sequence, Vocabulary(table.sizes, tuple(catalog.domains)))
+    if config.sequence.codebook_start:
+        start_from_codebooks(module, inputs["quantizer"], table)
+    return module
 
 
 def start_from_codebooks(module: SequenceEncoder, quantizer: Artifact, table: TokenTable) -> None:
@@ -152,8 +168,10 @@ def _run(
         monitor=MONITOR,
     )
     bonus = None
-    if domain is not None and config.ranking.neighbours:
-        bonus = fit_bonus(ctx, config, catalog, scorer=_scorer(ctx, config, module, semantic_ids))
+    if "neighbours" in inputs:
+        graphs = ItemGraphs.load(inputs["neighbours"])
+        scorer = _scorer(ctx, config, module, semantic_ids)
+        bonus = fit_bonus(ctx, config, catalog, graphs=graphs, scorer=scorer)
     writer = ctx.writer()
     if ctx.is_main:
         save_encoder(writer, module)
@@ -162,43 +180,6 @@ def _run(
         writer.save_json("curve.json", result.curve)
     meta = _meta(result, module, num_histories=loader.num_samples)
     return ctx.commit(writer, meta=meta, inputs=inputs)
-
-
-def history_loader(
-    ctx: StageContext,
-    catalog: CatalogView,
-    schedule: TrainConfig,
-    *,
-    collate: HistoryCollate,
-    domain: int | None,
-) -> BatchLoader[PackedRows]:
-    """Batches of histories whose training part has at least two items, of one domain or of all (None).
-
-    Raises:
-        DataError: There is no such history.
-    """
-    blocks = catalog.histories()
-    select = blocks.column("cut")[:, 0] >= 2
-    if domain is not None:
-        select &= blocks.column("domain") == domain
-    if not select.any():
-        raise DataError(
-            "no user has two interactions before validation and test: there is nothing to learn from",
-            where="all domains" if domain is None else f"domain number {domain}",
-            fix="bring longer histories, or check data.domains and data.target",
-        )
-    return BatchLoader(
-        blocks,
-        batch_size=schedule.batch_size,
-        micro_batch=schedule.micro_batch,
-        seed=ctx.sub_seed(f"{ctx.stage}/order"),
-        rank=ctx.rank,
-        world=ctx.world,
-        collate=collate,
-        fields=HISTORY_FIELDS,
-        select=select,
-        pin=ctx.device.type == "cuda",
-    )
 
 
 def _scorer(

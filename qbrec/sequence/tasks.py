@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qbrec.config.stages import MaskConfig
+from qbrec.engine.candidates import Candidates
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.masks import draw_masks, prefix_lengths
-from qbrec.sequence.objective import Candidates, item_loss, level_loss
+from qbrec.sequence.objective import item_loss, level_loss
 from qbrec.sequence.packing import HiddenCodes, PackedHistories, PackedRows, pack
-from qbrec.storage.block_reader import Fields, RaggedField
+from qbrec.storage.block_reader import Fields
 from qbrec.storage.ragged import Ragged
-
-HISTORY_FIELDS = ("domain", "cut", RaggedField("row", offsets="offset"))
 
 
 @dataclass(frozen=True)

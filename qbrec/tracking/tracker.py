@@ -36,6 +36,7 @@ _SECTIONS = {
     "catalog": ("data", "catalog"),
     "fusion": ("fusion",),
     "quantizer": ("quantizer",),
+    "neighbours": ("ranking",),
     "pretrain": ("sequence",),
     "finetune": ("sequence", "ranking"),
     "evaluation": ("evaluation", "ranking"),

@@ -20,7 +20,7 @@ from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.blocks import BlockSet
 from qbrec.storage.ragged import Ragged
 from tests.support.fusion_catalog import make_catalog
-from tests.support.spawn import run_ranks
+from tests.support.spawn import RankError, run_ranks
 
 
 def config(**fusion: Any) -> RootConfig:
@@ -147,6 +147,8 @@ def test_embedding_refuses_what_the_network_does_not_know(built: Artifact) -> No
     "change",
     [
         {"depth": 1},
+        {"gate": False},
+        {"modalities": ["structure", "behaviour"]},
         {"id_embedding": "shared"},
         {"id_dropout": 0.9},
         {"modality_dropout": 0.6},
@@ -166,6 +168,16 @@ def test_every_key_changes_the_vectors(change: dict[str, Any], tmp_path: Path) -
     make_catalog(tmp_path, num_items=64, num_users=80)
     one, other = build(tmp_path, "f", train=train), build(tmp_path, "e", train=train, **change)
     assert not np.array_equal(fused_of(one), fused_of(other))
+
+
+def test_views_are_chosen_by_name(tmp_path: Path) -> None:
+    make_catalog(tmp_path, num_items=64, num_users=80)
+    train = {"epochs": 1, "batch_size": 96, "micro_batch": 32}
+    chosen = build(tmp_path, "f", train=train, modalities=["structure"])
+    assert [view["name"] for view in chosen.meta["modalities"]] == ["structure"]
+    assert not chosen.has("behaviour.npy")
+    with pytest.raises(RankError, match=r"(?s)no view 'smell' to fuse.*structure"):
+        build(tmp_path, "e", train=train, modalities=["smell"])
 
 
 def test_width_without_table_or_behaviour(tmp_path: Path) -> None:

@@ -32,22 +32,36 @@ def mlflow_client(road: Road):
 
 def test_the_table_has_every_model_metric_and_interval(road: Road) -> None:
     metrics = road.metrics()
-    for model in ("qbrec", "popularity", "itemknn"):
+    for model in ("qbrec", "popularity", "itemknn", "sasrec", "bert4rec"):
         for seen in ("removed", "kept"):
             for name in METRICS:
                 value = metrics["models"][model][seen][name]
                 assert 0 <= value["low"] <= value["mean"] <= value["high"] <= 1
     shown = road.outputs[0].stdout
-    assert all(word in shown for word in ("qbrec", "popularity", "itemknn", "HR@10", "NDCG@10"))
+    assert all(word in shown for word in ("qbrec", "popularity", "itemknn", "sasrec", "bert4rec", "NDCG@10"))
 
 
 def test_every_stage_left_an_artifact_and_progress_with_an_eta(road: Road) -> None:
     assert set(road.stages()) >= set(STAGES)
     assert all((road.artifact(stage) / "manifest.json").is_file() for stage in STAGES)
     lines = [json.loads(line) for line in (road.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} >= {"fusion", "pretrain", "finetune"}
+    assert {line["stage"] for line in lines} >= {"fusion", "pretrain", "finetune", "sasrec", "bert4rec"}
     assert all(math.isfinite(value) for line in lines for value in line["metrics"].values())
     assert "eta " in road.outputs[0].stderr or "took " in road.outputs[0].stderr
+
+
+def test_variants_share_what_they_do_not_change(road: Road) -> None:
+    shown = must(qbrec("ablate", "--config", road.config, "--only", "random-ids", "--only", "no-pretraining"))
+    found = json.loads((road.run_dir / "ablation.json").read_text())
+    assert set(found) == {"full", "random-ids", "no-pretraining"}
+    full = road.metrics()["models"]["qbrec"]["removed"]["ndcg@10"]["mean"]
+    assert found["full"]["qbrec"]["metrics"]["ndcg@10"]["mean"] == pytest.approx(full)
+    assert found["random-ids"]["qbrec"]["minus_full"]["ndcg@10"]["low"] <= 0
+    assert "− full" in shown
+    other = road.run_dir.with_name(f"{road.run_dir.name}-random-ids") / "run.json"
+    stages = json.loads(other.read_text())["stages"]
+    assert stages["fusion"]["key"] == road.stages()["fusion"]["key"]
+    assert stages["quantizer"]["key"] != road.stages()["quantizer"]["key"]
 
 
 def test_the_report_is_one_self_contained_page(road: Road) -> None:
@@ -113,7 +127,7 @@ def test_another_run_shares_the_stages_that_are_equal(road: Road) -> None:
     sibling = Road.write(road.config.parent, tree)
     must(sibling.run())
     same = {stage for stage in STAGES if sibling.stages()[stage]["key"] == road.stages()[stage]["key"]}
-    assert same == {"catalog", "fusion", "quantizer", "pretrain"}
+    assert same == {"catalog", "fusion", "quantizer", "pretrain", "sasrec", "bert4rec"}
 
 
 def test_promotion_asks_the_gate(road: Road) -> None:

@@ -26,7 +26,7 @@ from tests.support.cli import ROOT, Road, environment, must, qbrec, small_config
 from tests.support.mlflow_store import copy_store
 from tests.support.s3_server import free_port
 
-TRAINING = ("fusion", "pretrain", "finetune")
+TRAINING = ("fusion", "pretrain", "finetune", "sasrec", "bert4rec")
 LOG_EVERY = 20  # steps, see `engine.train`
 Point = tuple[str, str, int, float, int]  # stage, metric, step, value, time in ms
 

@@ -14,7 +14,17 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("catalog", "fusion", "quantizer", "pretrain", "finetune", "evaluation")
+STAGES = (
+    "catalog",
+    "fusion",
+    "quantizer",
+    "neighbours",
+    "pretrain",
+    "finetune",
+    "sasrec",
+    "bert4rec",
+    "evaluation",
+)
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -69,6 +79,15 @@ def small_config(data: Path, storage: Path, *, name: str = "tiny") -> dict[str, 
             "max_items": 10,
             "pretrain": {"epochs": 4, "batch_size": 128, "micro_batch": 64, "checkpoint_every": 3},
             "finetune": {"epochs": 4, "batch_size": 128, "micro_batch": 64, "checkpoint_every": 3},
+        },
+        "baselines": {
+            name: {
+                "width": 16,
+                "layers": 1,
+                "max_items": 10,
+                "train": {"epochs": 4, "batch_size": 128, "micro_batch": 64, "checkpoint_every": 3},
+            }
+            for name in ("sasrec", "bert4rec")
         },
         "evaluation": {"bootstrap": 200},
     }

@@ -40,7 +40,7 @@ def tiny_run(folder: Path) -> TinyRun:
             "run": {"name": "tiny", "storage": str(folder / "storage")},
             "data": {"domains": domains},
             "sequence": {"width": 32, "layers": 1, "heads": 2, "max_items": 10},
-            "evaluation": {"bootstrap": 100},
+            "evaluation": {"bootstrap": 100, "baselines": ["popularity", "itemknn"]},
         }
     )
     run_dir = folder / "storage" / "runs" / "tiny"

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +27,8 @@ from qbrec.quantizer.append.grown_ids import GrownIds
 from qbrec.quantizer.modality import ModalityQuantizer
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.rvq import Codebooks
-from qbrec.ranking.cooccurrence import BonusScorer, Neighbours, recency
+from qbrec.ranking.bonus import Bonus, BonusScorer
+from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.registry.bundle import open_served, write_bundle
 from qbrec.registry.card import model_card
@@ -468,14 +468,9 @@ def test_showing_and_finding_ids(grown: dict[str, Artifact]) -> None:
 
 def test_the_bonus_knows_only_what_was_trained_on() -> None:
     rng = np.random.default_rng(0)
-    matrix = sp.random(6, 6, density=0.5, random_state=0, format="csr", dtype=np.float32)
-    neighbours = Neighbours(matrix, weight=2.0, decay=0.5)
+    graphs = ItemGraphs.fit(Ragged.from_lists([[1, 2, 3], [2, 4], [3, 5]]), num_items=6, keep=5)
+    bonus = Bonus(graphs, (2.0,) * len(graphs.names))
     histories = Ragged.from_lists([[1, 7, 2, 8], [9], [3, 4]])
-    weights = recency(histories, decay=0.5, num_items=6).toarray()
-    expected = np.zeros((3, 6), np.float32)
-    expected[0, [1, 2]] = [0.125, 0.5]  # new items keep their place in the history
-    expected[2, [3, 4]] = [0.5, 1.0]
-    np.testing.assert_array_equal(weights, expected)
 
     class Codes:
         name = "codes"
@@ -487,7 +482,7 @@ def test_the_bonus_knows_only_what_was_trained_on() -> None:
     state = rng.bit_generator.state
     alone = base.scores(histories, 0)
     rng.bit_generator.state = state
-    scores = BonusScorer(base, neighbours).scores(histories, 0)
+    scores = BonusScorer(base, bonus).scores(histories, 0)
     assert scores.shape == (3, 10)
     assert torch.equal(scores[:, 6:], alone[:, 6:])
     assert torch.equal(scores[1], alone[1])

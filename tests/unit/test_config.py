@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,12 +76,15 @@ def test_a_missing_file_and_broken_yaml_are_configuration_errors(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "section", ["fusion.train", "sequence.pretrain", "sequence.finetune", "sequence.masks"]
+    "section",
+    ["fusion.train", "sequence.pretrain", "sequence.finetune", "sequence.masks", "baselines.bert4rec.train"],
 )
 def test_one_key_of_a_section_leaves_its_other_defaults(section: str) -> None:
     def of(config: RootConfig) -> dict[str, object]:
-        outer, inner = section.split(".")
-        return getattr(getattr(config, outer), inner).model_dump()
+        found: Any = config
+        for name in section.split("."):
+            found = getattr(found, name)
+        return dict(found.model_dump())
 
     key, value = ("partial", 0.7) if section.endswith("masks") else ("epochs", 77)
     assert of(load_config(overrides=[f"{section}.{key}={value}"])) == of(RootConfig()) | {key: value}
@@ -94,7 +98,11 @@ def test_when_checkpoints_are_kept_is_in_no_key(kept: dict[str, int]) -> None:
     sequence = {
         name: {**getattr(usual.sequence, name).model_dump(), **kept} for name in ("pretrain", "finetune")
     }
-    other = parse_config({"data": data, "fusion": fusion, "sequence": sequence})
+    baselines = {
+        name: {"train": {**getattr(usual.baselines, name).train.model_dump(), **kept}}
+        for name in ("sasrec", "bert4rec")
+    }
+    other = parse_config({"data": data, "fusion": fusion, "sequence": sequence, "baselines": baselines})
     assert usual != other
     for stage in STAGES.values():
         assert stage.recipe(usual) == stage.recipe(other), stage.name

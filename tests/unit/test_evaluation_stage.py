@@ -29,7 +29,12 @@ def configured(**evaluation: object) -> RootConfig:
             "data": {"domains": domains, "target": "games"},
             "sequence": {"width": 16, "layers": 1, "heads": 2, "max_items": 6},
             "ranking": {"chunk_items": 17},
-            "evaluation": {"bootstrap": 50, "batch_users": 7, **evaluation},
+            "evaluation": {
+                "bootstrap": 50,
+                "batch_users": 7,
+                "baselines": ("popularity", "itemknn"),
+                **evaluation,
+            },
         }
     )
 

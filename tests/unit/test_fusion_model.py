@@ -25,7 +25,7 @@ STATISTICS = {
 }
 
 
-def _model(*, depth: int = 3, hashed_rows: bool = False) -> FusionModel:
+def _model(*, depth: int = 3, gated: bool = True, hashed_rows: bool = False) -> FusionModel:
     torch.manual_seed(0)
     return FusionModel(
         SPECS,
@@ -33,6 +33,7 @@ def _model(*, depth: int = 3, hashed_rows: bool = False) -> FusionModel:
         depth=depth,
         heads=2,
         alignment_temperature=0.1,
+        gated=gated,
         hashed_rows=hashed_rows,
         statistics=STATISTICS,
     )
@@ -216,3 +217,14 @@ def test_hashed_rows_are_those_of_the_item_in_any_batch() -> None:
     correlation = torch.corrcoef(queries.T) - torch.eye(33)
     assert float(correlation.abs().max()) < 0.1
     assert not torch.allclose(model(batch)[0], model(few)[0])
+
+
+def test_without_gates_every_item_takes_all_blocks() -> None:
+    model, batch = _model(gated=False).eval(), _batch()
+    fused, _, weights = model(batch)
+    embedded, depth, _ = model.embed(batch)
+    assert (weights == 1).all()
+    assert (depth == model.depth).all()
+    torch.testing.assert_close(fused, embedded)
+    assert not [name for name in model.state_dict() if name.startswith("gates")]
+    assert (_model()(batch)[2] < 1).any()

@@ -14,19 +14,32 @@ from click.testing import CliRunner
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from qbrec.baselines.item_batch import pack_items
+from qbrec.baselines.item_encoder import ItemEncoder
+from qbrec.baselines.item_tasks import ItemTask
 from qbrec.cli.main import cli
 from qbrec.config import RootConfig, parse_config
-from qbrec.config.stages import FusionConfig, SequenceConfig, TrainConfig
+from qbrec.config.stages import Bert4RecConfig, FusionConfig, ItemEncoderConfig, SequenceConfig, TrainConfig
+from qbrec.engine.candidates import Candidates
 from qbrec.engine.hardware import ACCELERATORS, find, named, peak_flops
 from qbrec.errors import ConfigError
 from qbrec.fusion.loss import GroupViews, multi_view_loss, pair_weights, view_pairs
 from qbrec.fusion.model import FusionBatch, FusionModel, ModalitySpec
 from qbrec.plan.activations import Numbers, encoder_activations, fusion_activations
+from qbrec.plan.baselines import ItemsBatch, batch_of, item_activations, item_flops, item_parameters
 from qbrec.plan.disk import item_bytes, quantizer_disk
 from qbrec.plan.memory import RankMemory, add_rows, add_training, precise
 from qbrec.plan.parameters import Parameters, encoder_parameters, fusion_parameters
 from qbrec.plan.plan import make_plan
-from qbrec.plan.scenario import GIB, Modality, Scenario, default_modalities, resolve, sequence_lengths
+from qbrec.plan.scenario import (
+    GIB,
+    Lengths,
+    Modality,
+    Scenario,
+    default_modalities,
+    resolve,
+    sequence_lengths,
+)
 from qbrec.plan.work import (
     SequenceBatch,
     encoder_flops,
@@ -37,7 +50,6 @@ from qbrec.plan.work import (
 )
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.masks import draw_masks
-from qbrec.sequence.objective import Candidates
 from qbrec.sequence.packing import pack
 from qbrec.sequence.tasks import MaskedTask
 from qbrec.sequence.vocabulary import Vocabulary
@@ -197,6 +209,47 @@ def test_encoder_formulas_hold_for_the_real_network(keys: dict) -> None:
     assert act == pytest.approx(peak_of_tensors(real.step), rel=0.05)
 
 
+@pytest.mark.parametrize("items", [9000, 90_000])
+@pytest.mark.parametrize("settings", [ItemEncoderConfig(), Bert4RecConfig(width=96, layers=3, heads=4)])
+def test_item_formulas_hold_for_the_real_network(settings: ItemEncoderConfig, items: int) -> None:
+    count, length, candidates = 96, 20, 7000
+    cloze = isinstance(settings, Bert4RecConfig)
+    module = ItemEncoder(settings, num_items=items, causal=not cloze).train()
+    rng = np.random.default_rng(0)
+    histories = Ragged.from_lengths(rng.integers(0, items, count * length), np.full(count, length))
+    task = ItemTask.of(module, candidates=Candidates(torch.arange(items), count=candidates, seed=0), seed=0)
+    prepared, places = task.prepare(pack_items(histories)[0], torch.device("cpu"))
+    planned = item_parameters(settings, items=items)
+    numbers = [p.numel() for p in module.parameters()]
+    assert (planned.total, planned.largest) == (sum(numbers), max(numbers))
+    assert planned.vectors == sum(p.numel() for p in module.parameters() if p.ndim < 2)
+
+    def step() -> None:
+        task.loss(module, prepared).backward()
+
+    batch = ItemsBatch(count * length, float(places), count * length**2)
+    assert item_flops(settings, batch, candidates=candidates) == pytest.approx(counted(step), rel=0.03)
+    act = item_activations(settings, CPU, batch, items=items, candidates=candidates)
+    peak = peak_of_tensors(step)
+    assert 0.9 * peak <= act <= 1.3 * peak
+    if cloze:
+        train = settings.train.model_copy(update={"micro_batch": count})
+        expected = batch_of(
+            settings.model_copy(update={"train": train}),
+            Lengths(length, 0.0, 51, 0.0),
+            items=count * length,
+        )
+        assert expected.places == pytest.approx(float(places), rel=0.1)
+
+
+def test_a_baseline_that_nobody_asks_for_is_not_planned() -> None:
+    config = parse_config({"evaluation": {"baselines": ["popularity", "sasrec"]}})
+    plan = make_plan(config, scenario())
+    assert [s.name for s in plan.stages if s.name in ("sasrec", "bert4rec")] == ["sasrec"]
+    assert any("leave sasrec out of evaluation.baselines" in warning for warning in plan.warnings)
+    assert any("raise baselines.sasrec.train.batch_size" in warning for warning in plan.warnings)
+
+
 def test_masks_hide_as_many_codes_as_expected() -> None:
     config = SequenceConfig()
     for length in (6, 20, 51):
@@ -339,7 +392,7 @@ def test_more_of_a_thing_never_needs_less() -> None:
         return memory.device.peak + memory.host.peak
 
     base = {"items": 1_000_000, "users": 1_000_000, "world": 8}
-    for name in ("fusion", "quantizer", "pretrain", "finetune", "evaluation"):
+    for name in ("fusion", "quantizer", "pretrain", "finetune", "sasrec", "bert4rec", "evaluation"):
         assert peak(name, {}, **base) <= peak(name, {}, **{**base, "items": 4_000_000})
         assert peak(name, {}, **base) <= peak(name, {}, **{**base, "users": 4_000_000})
     wide = {"sequence": {"width": 512}}

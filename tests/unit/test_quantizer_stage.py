@@ -120,6 +120,11 @@ def test_method_collisions_beam_and_capacity_have_an_effect(
     assert plain.meta["r2_held_out"][-1] < artifact.meta["r2_held_out"][-1]
     beam = _run(folder, inputs, "beam", beam=4)
     assert beam.meta["r2_held_out"][-1] > artifact.meta["r2_held_out"][-1]
+    shuffled = _run(folder, inputs, "shuffled", shuffled=True, quality={"min_cohesion_gain": 0.0})
+    ids, dealt = (found.load_npy("semantic_ids.npy") for found in (artifact, shuffled))
+    assert not np.array_equal(dealt, ids)
+    sizes = artifact.meta["levels"]
+    np.testing.assert_array_equal(np.sort(pack(dealt, sizes)), np.sort(pack(ids, sizes)))
     for name, keys in {
         "sample": {"sample": 600},
         "passes": {"full_passes": 0},

@@ -11,11 +11,12 @@ import torch
 from torch.nn import functional
 
 from qbrec.config.stages import MaskConfig, SequenceConfig
+from qbrec.engine.candidates import Candidates
 from qbrec.errors import DataError
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.sequence.encoder import Block, SequenceEncoder
 from qbrec.sequence.masks import draw_masks
-from qbrec.sequence.objective import Candidates, item_loss
+from qbrec.sequence.objective import item_loss
 from qbrec.sequence.packing import HiddenCodes, PackedHistories, pack, token_layout
 from qbrec.sequence.recommender import SequenceRecommender, load_encoder, save_encoder
 from qbrec.sequence.tasks import HistoryCollate, MaskedTask

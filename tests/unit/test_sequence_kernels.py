@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qbrec.engine.candidates import Candidates
 from qbrec.sequence.encoder import Dropout
-from qbrec.sequence.objective import Candidates, item_loss
+from qbrec.sequence.objective import item_loss
 from qbrec.sequence.packing import HiddenCodes
 
 

@@ -36,7 +36,10 @@ def configuration(**sequence: Any) -> RootConfig:
     small = {"width": 32, "layers": 1, "heads": 2, "dropout": 0.0, "max_items": 8}
     domains = {name: {"items": "-", "interactions": "-"} for name in ("pets", "games")}
     settings = {**small, "pretrain": TRAIN, "finetune": {**TRAIN, "epochs": 15}, **sequence}
-    return parse_config({"data": {"domains": domains, "target": "games"}, "sequence": settings})
+    data = {"domains": domains, "target": "games"}
+    return parse_config(
+        {"data": data, "sequence": settings, "evaluation": {"baselines": ["popularity", "itemknn"]}}
+    )
 
 
 def context(root: Path, name: str, key: str) -> StageContext:
@@ -67,6 +70,18 @@ def test_both_stages_leave_what_the_contract_names(trained: dict[str, Artifact])
     assert trained["finetune"].inputs["pretrain"] == trained["pretrain"].fingerprint
     # Fine-tuning reads the target domain only, and no history of one item is ever trained on.
     assert trained["finetune"].meta["num_histories"] < trained["pretrain"].meta["num_histories"] < 90
+
+
+def test_without_pretraining_fine_tuning_starts_from_scratch(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    config = configuration(pretraining=False)
+    schedule = stage.from_scratch(config.sequence)
+    assert (schedule.epochs, schedule.learning_rate) == (45, 1e-2)
+    with process_group(config):
+        artifact = stage.finetune(context(tmp_path, "finetune", "f"), config, dict(inputs))
+    curve = artifact.load_json("curve.json")
+    assert curve[-1]["epoch"] == 45
+    assert artifact.meta["best"]["ndcg@10"] > 0.5
 
 
 def test_the_walk_of_each_domain_is_learnt(trained: dict[str, Artifact]) -> None:

@@ -1,0 +1,103 @@
+"""What each part of the model is worth: evaluations of runs without it, compared user by user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from qbrec.config.ablations import FULL
+from qbrec.errors import DataError
+from qbrec.evaluation.bootstrap import Cell, UserSums, interval
+from qbrec.evaluation.results import IDS_ALONE, MODEL
+from qbrec.ranking.metrics import METRICS, metrics_of_ranks
+from qbrec.storage.artifact import Artifact
+
+SHOWN = ("hr@10", "ndcg@10")
+
+
+def compare(evaluations: Mapping[str, Artifact], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Metrics of every variant, and its paired difference to the full model.
+
+    Args:
+        evaluations: Evaluation artifacts by variant, `full` among them, on one set of test users.
+        resamples: Bootstrap resamples.
+        seed: Of them.
+
+    Returns:
+        {variant: {model: {"metrics": {metric: cell}, "minus_full": {metric: cell}}}}, seen items removed; a
+        cell is {"mean", "low", "high"}. Models are `qbrec` and, where there is a bonus to leave out,
+        `qbrec_ids`.
+
+    Raises:
+        DataError: Two evaluations have other users.
+    """
+    ranks = {variant: _ranks(artifact) for variant, artifact in evaluations.items()}
+    users = ranks[FULL]["user"]
+    sums = UserSums(len(users), seed=seed)
+    places = {}
+    for variant, columns in ranks.items():
+        if not np.array_equal(columns["user"], users):
+            raise DataError(
+                f"the variant {variant} was evaluated on other users",
+                where=str(evaluations[variant].path),
+                fix="leave `data` and `catalog` as they are between variants",
+            )
+        for model in (MODEL, IDS_ALONE):
+            if model in columns:
+                places[variant, model] = sums.add(metrics_of_ranks(columns[model]))
+    totals = sums.totals() / len(users)
+    resampled = sums.resampled(resamples=resamples, seed=seed + 1) / len(users)
+    found: dict[str, Any] = {variant: {} for variant in ranks}
+    for (variant, model), place in places.items():
+        entry = {"metrics": _cells(totals[place], resampled[:, place])}
+        whole = places.get((FULL, model))
+        if variant != FULL and whole is not None:
+            difference = resampled[:, place] - resampled[:, whole]
+            entry["minus_full"] = _cells(totals[place] - totals[whole], difference)
+        found[variant][model] = entry
+    return found
+
+
+def format_ablation(found: Mapping[str, Any]) -> str:
+    """A table for the terminal; * where the interval of a difference excludes 0."""
+    lines = []
+    for model in (MODEL, IDS_ALONE):
+        if model not in found[FULL]:
+            continue
+        head = "".join(f"{name.upper():>10}{'− full':>10}{'95 % interval':>20}" for name in SHOWN)
+        lines += ["", f"{model:<18}{head}", "─" * (18 + len(head))]
+        for variant, models in found.items():
+            if model in models:
+                lines.append(f"{variant:<18}" + "".join(_columns(models[model], name) for name in SHOWN))
+    return "\n".join(lines[1:])
+
+
+def _columns(entry: Mapping[str, Any], name: str) -> str:
+    mean = entry["metrics"][name]["mean"]
+    if "minus_full" not in entry:
+        return f"{mean:>10.4f}{'':>10}{'':>20}"
+    cell = entry["minus_full"][name]
+    star = "*" if cell["low"] > 0 or cell["high"] < 0 else " "
+    span = f"{cell['low']:+.4f} {cell['high']:+.4f}"
+    return f"{mean:>10.4f}{cell['mean']:>+9.4f}{star}{span:>20}"
+
+
+def _ranks(artifact: Artifact) -> dict[str, NDArray[np.int64]]:
+    table = pq.read_table(artifact.file("ranks.parquet"))
+    columns = {"user": table["user"].to_numpy()}
+    for model in (MODEL, IDS_ALONE):
+        if f"{model}_removed" in table.column_names:
+            columns[model] = table[f"{model}_removed"].to_numpy().astype(np.int64)
+    return columns
+
+
+def _cells(means: NDArray[np.float64], replicates: NDArray[np.float64]) -> dict[str, Cell]:
+    low, high = interval(replicates)
+    return {
+        metric: {"mean": float(means[i]), "low": float(low[i]), "high": float(high[i])}
+        for i, metric in enumerate(METRICS)
+    }

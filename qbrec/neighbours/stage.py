@@ -1,0 +1,84 @@
+"""The stage `neighbours`: count what follows what, find what is like what, keep the strongest arrows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qbrec.config import RootConfig
+from qbrec.engine.context import StageContext
+from qbrec.neighbours.alike import alike
+from qbrec.ranking.graphs import COUNTED, GRAPHS, ItemGraphs
+from qbrec.storage.artifact import Artifact
+from qbrec.storage.blocks import BlockSet, RaggedField
+from qbrec.storage.catalog_view import CatalogView
+from qbrec.storage.ragged import Ragged
+from qbrec.storage.token_table import token_table
+
+FUSED = "fused"
+READ_ROWS = 65_536
+
+
+def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
+    """Build the item graphs of the target domain's histories and of the catalogue's content.
+
+    Content views are each modality's first feature token (the title, the first picture, the embedding that
+    was brought) and the fused vector.
+
+    Args:
+        ctx: The rank's context.
+        config: `ranking.neighbours`, `ranking.alike` and the target domain are read.
+        inputs: `catalog`, `fusion`, `quantizer`.
+
+    Returns:
+        `graphs.safetensors`, the arrays of `ranking.graphs.ItemGraphs`.
+
+    Raises:
+        DataError: An input is damaged.
+    """
+    catalog = CatalogView(inputs["catalog"])
+    cells = token_table(inputs["quantizer"]).codes[:, 0]
+    views = {}
+    if config.ranking.alike:
+        for name, vectors in _content(catalog, inputs["fusion"]):
+            progress = ctx.progress(catalog.num_items, f"nearest neighbours: {name}")
+            views[name] = alike(ctx, vectors, keep=config.ranking.alike, cells=cells, on_rows=progress.update)
+            progress.close()
+    writer = ctx.writer()
+    meta: dict[str, Any] = {"arrows": {name: int(graph.nnz) for name, graph in views.items()}}
+    if ctx.is_main:
+        histories = catalog.load_histories(config.data.target_domain)
+        training = histories.rows.prefix(np.asarray(histories.cut)[:, 0])
+        graphs = ItemGraphs.fit(
+            training, num_items=catalog.num_items, keep=config.ranking.neighbours, alike=views
+        )
+        arrays = graphs.arrays()
+        writer.save_safetensors(GRAPHS, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        meta["arrows"] |= {name: int(getattr(graphs, name).nnz) for name in COUNTED}
+    return ctx.commit(writer, meta=meta, inputs=inputs)
+
+
+def _content(catalog: CatalogView, fusion: Artifact) -> Iterator[tuple[str, NDArray[np.float16]]]:
+    """Content views by name, float16 [N, D]; zeros where an item lacks one."""
+    items = catalog.items()
+    for name in catalog.artifact.meta["modalities"]:
+        yield name, _first_tokens(items, name, int(catalog.artifact.meta["modalities"][name]["dim"]))
+    fused = BlockSet.open(fusion, FUSED).column(FUSED, 0, catalog.num_items)
+    # What all items share says nothing of any: without it the cosines spread.
+    yield FUSED, fused - fused.mean(0, dtype=np.float32).astype(np.float16)
+
+
+def _first_tokens(items: BlockSet, name: str, dim: int) -> NDArray[np.float16]:
+    field = RaggedField(f"feature.{name}", counts=f"tokens.{name}")
+    out = np.zeros((items.num_samples, dim), np.float16)
+    for begin in range(0, len(out), READ_ROWS):
+        rows = np.arange(begin, min(begin + READ_ROWS, len(out)), dtype=np.int64)
+        features = items.take(rows, [field])[field.values]
+        assert isinstance(features, Ragged)
+        present = features.lengths > 0
+        out[rows[present]] = features.values[features.offsets[:-1][present]]
+    return out

@@ -1,0 +1,165 @@
+"""Item graphs, and the paths of one or two steps in them that lead from a history to candidates.
+
+Kinds of arrows between items: `follows` (co-occurrence in training histories, in their order), `next` (the
+very next item), `together` (in the same history, whatever the order), and one `alike` graph per content view
+(nearest neighbours by cosine: titles, pictures, fused vectors).
+Two steps reach further than one: what follows the followers, what is like the followers, what follows items
+like those of the history. The last two give items with few interactions, or none, a place beside their kin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from qbrec.ranking.cooccurrence import FOLLOWS, NEXT, TOGETHER, co_occurrence, recency
+from qbrec.storage.artifact import Artifact
+from qbrec.storage.ragged import Ragged
+
+POPULARITY_POWER = 0.1  # how much a candidate's popularity is discounted
+EVEN = 0.5  # the same where order counts for nothing: the cosine of two items' users
+DECAY = 0.6  # of an item's weight against the one after it, for what follows
+CONTENT_DECAY = 0.8  # the same for what is alike
+TOGETHER_DECAY = 0.95  # and for what is together
+GRAPHS = "graphs.safetensors"  # file of an artifact
+WALK = 100  # candidates of a first step from which the second one goes on
+
+
+@dataclass(frozen=True)
+class ItemGraphs:
+    """Weighted arrows between N items, all float32 CSR [N, N].
+
+    Attributes:
+        follows: co(i, j) / ((pop_j + 1)^0.1 · sqrt(pop_i + 1)), see `cooccurrence`.
+        next: The same of the very next item only.
+        together: Histories that hold both / sqrt((pop_i + 1) · (pop_j + 1)).
+        alike: By content view: squared cosine of each item's nearest neighbours.
+    """
+
+    follows: sp.csr_matrix
+    next: sp.csr_matrix
+    together: sp.csr_matrix
+    alike: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls, training: Ragged, *, num_items: int, keep: int, alike: Mapping[str, sp.csr_matrix] | None = None
+    ) -> ItemGraphs:
+        """Count in the training part of histories; `keep` followers stay for each item."""
+        counts = np.bincount(training.values, minlength=num_items) + 1.0
+        graphs = []
+        for counting, power in ((FOLLOWS, POPULARITY_POWER), (NEXT, POPULARITY_POWER), (TOGETHER, EVEN)):
+            matrix = co_occurrence(training, num_items=num_items, counting=counting)
+            matrix = sp.diags(counts**-0.5) @ matrix @ sp.diags(counts**-power)
+            graphs.append(strongest(matrix.tocsr().astype(np.float32), keep))
+        follows, after, together = graphs
+        return cls(follows, after, together, alike or {})
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return int(self.follows.shape[0])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the paths, in the order of `paths`: the arrows gone along."""
+        content = ("{}", "follows>{}", "{}>follows")
+        return (*COUNTED, "follows>follows", *(n.format(view) for view in self.alike for n in content))
+
+    def paths(self, histories: Ragged) -> list[sp.csr_matrix]:
+        """Strength with which each path leads from each history to its candidates.
+
+        Square roots: they stay comparable between users, and strong evidence still counts for more.
+
+        Args:
+            histories: B rows of item rows, most recent last; rows from N on lead nowhere.
+
+        Returns:
+            One float32 CSR [B, N] for each of `names`, non-negative.
+        """
+        near = recency(histories, decay=DECAY, num_items=self.num_items)
+        far = recency(histories, decay=CONTENT_DECAY, num_items=self.num_items)
+        walk = strongest(near @ self._following, WALK)
+        every = recency(histories, decay=TOGETHER_DECAY, num_items=self.num_items)
+        found = [near @ self.follows, near @ self.next, every @ self.together, walk @ self._following]
+        for view, graph in self.alike.items():
+            like = strongest(near @ self._like[view], WALK)
+            found += [far @ graph, walk @ self._liked_by[view], like @ self._following]
+        for matrix in found:
+            np.sqrt(matrix.data, out=matrix.data)
+        return found
+
+    @cached_property
+    def _following(self) -> sp.csr_matrix:
+        return _shares(self.follows)
+
+    @cached_property
+    def _like(self) -> dict[str, sp.csr_matrix]:
+        return {view: _shares(graph) for view, graph in self.alike.items()}
+
+    @cached_property
+    def _liked_by(self) -> dict[str, sp.csr_matrix]:
+        # From an item to those that count it among their neighbours: an item without interactions is reached
+        # through its own list.
+        return {view: graph.T.tocsr() for view, graph in self._like.items()}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What is kept, by graph and part: `follows.indptr` int64, `.indices` int32, `.data` float32."""
+        graphs = {name: getattr(self, name) for name in COUNTED}
+        graphs |= {f"alike.{view}": graph for view, graph in self.alike.items()}
+        return {
+            f"{name}.{part}": getattr(graph, part).astype(kind)
+            for name, graph in graphs.items()
+            for part, kind in _PARTS.items()
+        }
+
+    @classmethod
+    def load(cls, artifact: Artifact) -> ItemGraphs:
+        """From a `neighbours` artifact.
+
+        Raises:
+            DataError: It is damaged.
+        """
+        return cls.from_arrays({k: v.numpy() for k, v in artifact.load_safetensors(GRAPHS).items()})
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ItemGraphs:
+        """What `arrays` gave."""
+        names = [name.removesuffix(".indptr") for name in arrays if name.endswith(".indptr")]
+        graphs = {name: _csr({part: arrays[f"{name}.{part}"] for part in _PARTS}) for name in names}
+        views = {name.removeprefix("alike."): g for name, g in graphs.items() if name.startswith("alike.")}
+        return cls(graphs["follows"], graphs["next"], graphs["together"], views)
+
+
+COUNTED = ("follows", "next", "together")
+_PARTS = {"indptr": np.int64, "indices": np.int32, "data": np.float32}
+
+
+def _csr(parts: Mapping[str, NDArray[Any]]) -> sp.csr_matrix:
+    size = len(parts["indptr"]) - 1
+    return sp.csr_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=(size, size))
+
+
+def _shares(graph: sp.csr_matrix) -> sp.csr_matrix:
+    """Rows divided by their sums (empty ones stay empty)."""
+    sums = np.asarray(graph.sum(1)).ravel()
+    return (sp.diags(1 / np.where(sums > 0, sums, 1)) @ graph).tocsr().astype(np.float32)
+
+
+def strongest(matrix: sp.csr_matrix, keep: int) -> sp.csr_matrix:
+    """The `keep` largest entries of every row; of equal ones those of lower column."""
+    if np.diff(matrix.indptr).max(initial=0) <= keep:
+        return matrix
+    matrix.sort_indices()
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort((matrix.indices, -matrix.data, rows))
+    place = np.arange(len(rows)) - matrix.indptr[rows]  # within its row, since `order` keeps rows together
+    kept = np.sort(order[place < keep])
+    indptr = np.concatenate([[0], np.cumsum(np.minimum(np.diff(matrix.indptr), keep))])
+    return sp.csr_matrix((matrix.data[kept], matrix.indices[kept], indptr), shape=matrix.shape)

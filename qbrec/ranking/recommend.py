@@ -1,0 +1,151 @@
+"""The k best items for histories by the configured scorer: what serving calls."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qbrec.config.stages import RankingConfig
+from qbrec.ranking.beam import BeamSearch, prefix_sums
+from qbrec.ranking.bonus import Bonus, BonusScorer
+from qbrec.ranking.code_index import CodeIndex
+from qbrec.ranking.exact import exact_top_k
+from qbrec.ranking.rescore import rescored
+from qbrec.ranking.scorer import CodeScorer, Domain, FactorisedScorer, PrefixScorer, Scorer
+from qbrec.ranking.topk import check_k, top_k
+from qbrec.storage.ragged import Ragged
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
+
+
+class CodeModel(CodeScorer, PrefixScorer, Protocol):
+    """A model that predicts all codes of the next item at once, and each code from those before it."""
+
+
+class Ranker:
+    """Ranks the items of a catalogue, or those of an index made by `only`.
+
+    `factorised` is exact, with and without a bonus. `autoregressive` is a beam search: an item
+    whose first codes leave the beam is not found. With a bonus it also scores, from left to right, as many
+    candidates as the beam is wide: those of the largest bonus.
+
+    Args:
+        scorer: *The model*, as `sequence.bonus.load_scorer` gives it. One that is not made of semantic IDs is
+            ranked by its dense scores.
+        tie_rank: Order of equal scores, [N].
+        config: Which scorer, and how wide its beam is.
+    """
+
+    def __init__(self, scorer: Scorer, *, tie_rank: NDArray[np.int64], config: RankingConfig) -> None:
+        self.scorer, self.tie_rank, self.config = scorer, tie_rank, config
+        base = scorer.base if isinstance(scorer, BonusScorer) else scorer
+        self.bonus: Bonus | None = scorer.bonus if isinstance(scorer, BonusScorer) else None
+        self._by_ids = base if isinstance(base, FactorisedScorer) else None
+
+    @cached_property
+    def index(self) -> CodeIndex:
+        """All items, sorted by semantic ID; built when first asked for."""
+        assert self._by_ids is not None
+        return CodeIndex.build(self._by_ids.table.semantic_ids, tie_rank=self.tie_rank)
+
+    def only(self, allowed: NDArray[np.bool_]) -> Allowed:
+        """Prepare a filter for any number of requests: items that may be returned, bool [N]."""
+        if self._by_ids is None:
+            return Allowed(allowed, None)
+        return Allowed(allowed, self.index if allowed.all() else self.index.only(allowed))
+
+    def top_k(
+        self,
+        histories: Ragged,
+        domain: Domain,
+        k: int,
+        *,
+        exclude: Ragged | None = None,
+        among: Allowed | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best items of every history.
+
+        Args:
+            histories: B rows of item rows, most recent last.
+            domain: Domain code of every history, [B] or one for all.
+            k: How many.
+            exclude: Items taken out per history (the seen ones), B ragged rows.
+            among: A filter from `only`; None: all items.
+
+        Returns:
+            rows int64 [B, k] and scores float32 [B, k], best first; row -1 and score -inf where there are
+            fewer.
+
+        Raises:
+            ConfigError: k is below 1 or above the catalogue.
+            DataError: A score is NaN, or the semantic IDs are another model's.
+        """
+        if self._by_ids is None:
+            scores = self.scorer.scores(histories, domain)
+            allowed = None if among is None else among.mask
+            return top_k(scores, k, tie_rank=self.tie_rank, exclude=exclude, allowed=allowed)
+        index = self.index if among is None or among.index is None else among.index
+        bonus = None if self.bonus is None else self.bonus(histories)
+        if self.config.scorer == "factorised":
+            log_probs = self._by_ids.code_scorer.code_log_probs(histories, domain)
+            return exact_top_k(log_probs, k, index=index, exclude=exclude, bonus=bonus)
+        check_k(k, num_items=index.num_items)
+        model: Any = self._by_ids.code_scorer
+        return self._beam(model, histories, domain, k, exclude=exclude, index=index, bonus=bonus)
+
+    def _beam(
+        self,
+        model: PrefixScorer,
+        histories: Ragged,
+        domain: Domain,
+        k: int,
+        *,
+        exclude: Ragged | None,
+        index: CodeIndex,
+        bonus: sp.csr_matrix | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(self.config.beam, k)
+        rows, scores = BeamSearch(index, beam=width).search(model, histories, domain, k, exclude=exclude)
+        if bonus is None:
+            return rows, scores
+        candidates = largest(bonus, width)
+        users = np.repeat(np.arange(len(histories)), width)
+        asked = np.where(candidates < 0, 0, candidates)
+        sums = prefix_sums(
+            model, histories, domain, index.semantic_ids[asked.ravel()].reshape(*asked.shape, -1)
+        )
+        kept = candidates.ravel() >= 0
+        best, values = rescored(
+            (users[kept], candidates.ravel()[kept], sums.cpu().numpy().ravel()[kept]),
+            rows.cpu().numpy(), scores.cpu().numpy(), index=index, exclude=exclude, bonus=bonus,
+        )  # fmt: skip
+        return torch.from_numpy(best).to(rows.device), torch.from_numpy(values).to(rows.device)
+
+
+class Allowed:
+    """A filter made ready: see `Ranker.only`.
+
+    Attributes:
+        mask: Items that may be returned, bool [N].
+        index: The same as an index of semantic IDs, where there are any.
+        count: How many there are.
+    """
+
+    def __init__(self, mask: NDArray[np.bool_], index: CodeIndex | None) -> None:
+        self.mask, self.index, self.count = mask, index, int(mask.sum())
+
+
+def largest(bonus: sp.csr_matrix, count: int) -> NDArray[np.int64]:
+    """Rows of each history's largest bonuses, of equal ones the lower rows, int64 [B, count]; -1: fewer."""
+    users = np.repeat(np.arange(bonus.shape[0]), np.diff(bonus.indptr))
+    order = np.lexsort((bonus.indices, -bonus.data, users))
+    rank = np.arange(len(users)) - bonus.indptr[users]  # `order` keeps users together
+    out = np.full((bonus.shape[0], count), -1, np.int64)
+    top = rank < count
+    out[users[top], rank[top]] = bonus.indices[order][top]
+    return out

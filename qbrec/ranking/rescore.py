@@ -1,0 +1,116 @@
+"""Scores with a bonus: exact among the best without it and the explicit candidates that have one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qbrec.errors import DataError
+from qbrec.ranking.code_index import CodeIndex
+from qbrec.ranking.tables import Floats, Ints
+from qbrec.ranking.topk import LOWEST, not_a_number
+from qbrec.storage.ragged import Ragged
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
+
+
+def rescored(
+    candidates: tuple[Ints, Ints, Floats],
+    best: Ints,
+    scores: Floats,
+    *,
+    index: CodeIndex,
+    exclude: Ragged | None,
+    bonus: sp.csr_matrix,
+) -> tuple[Ints, Floats]:
+    """Top-k with a bonus among the best without it and explicit candidates.
+
+    Args:
+        candidates: User, item row and score without bonus of each, [n].
+        best: Rows of the best without bonus int64 [B, k], -1: none. None of them is excluded.
+        scores: Their scores, float32 [B, k].
+        index: Items that may be returned.
+        exclude: Items taken out per user, B ragged rows.
+        bonus: CSR [B, <= N].
+
+    Returns:
+        rows int64 [B, k] and scores float32 [B, k].
+    """
+    batch, k = best.shape
+    users, rows, values = candidates
+    competes = without(users, rows, exclude, index.num_items)
+    if index.allowed is not None:
+        competes &= index.allowed[rows]
+    first, place = np.nonzero(best >= 0)
+    keys = np.concatenate([users[competes], first]) * index.num_items
+    keys += np.concatenate([rows[competes], best[first, place]])
+    values = np.concatenate([values[competes], scores[first, place]])
+    keys, found = np.unique(keys, return_index=True)
+    users, rows = np.divmod(keys, index.num_items)
+    values = values[found] + PairBonus(bonus, index.num_items).of(users, rows)
+    if np.isnan(values).any():
+        raise not_a_number()
+    order = np.lexsort((index.trie.ties[rows], -np.maximum(values, np.float32(LOWEST)), users))
+    users, rows, values = users[order], rows[order], values[order]
+    rank = np.arange(len(users)) - np.searchsorted(users, users)
+    top = rank < k
+    out_rows, out_scores = np.full((batch, k), -1, np.int64), np.full((batch, k), -np.inf, np.float32)
+    out_rows[users[top], rank[top]], out_scores[users[top], rank[top]] = rows[top], values[top]
+    return out_rows, out_scores
+
+
+class PairBonus:
+    """Bonuses of pairs of user and row.
+
+    Attributes:
+        users: User of each, int64 [n].
+        rows: Item row of each, int64 [n].
+    """
+
+    def __init__(self, bonus: sp.csr_matrix | None, num_items: int) -> None:
+        self.num_items = num_items
+        self.users, self.rows = np.empty(0, np.int64), np.empty(0, np.int64)
+        self._data = np.empty(0, np.float32)
+        if bonus is not None:
+            if not bonus.has_sorted_indices:
+                bonus = bonus.sorted_indices()
+            self.users = np.repeat(np.arange(bonus.shape[0], dtype=np.int64), np.diff(bonus.indptr))
+            self.rows, self._data = bonus.indices.astype(np.int64), bonus.data
+        self._keys = self.users * num_items + self.rows
+
+    def of(self, users: Ints, rows: Ints) -> Floats:
+        """float32 [n], 0 for pairs without one."""
+        if not len(self._keys):
+            return np.zeros(len(users), np.float32)
+        keys = users * self.num_items + rows
+        place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, self._data[place], np.float32(0))
+
+
+def checked_bonus(bonus: sp.csr_matrix) -> sp.csr_matrix:
+    """The bonus with each pair once, as float32.
+
+    Raises:
+        DataError: A bonus is negative or NaN: items without one could no longer be told apart in advance.
+    """
+    if not bonus.has_canonical_format:
+        bonus = bonus.copy()
+        bonus.sum_duplicates()
+    if len(bonus.data) and not bonus.data.min() >= 0:
+        raise DataError(
+            "a bonus is negative or NaN",
+            where="ranking",
+            fix="give bonuses of at least 0; leave out items without one",
+        )
+    return bonus.astype(np.float32)
+
+
+def without(users: Ints, rows: Ints, exclude: Ragged | None, num_items: int) -> NDArray[np.bool_]:
+    """Which pairs of user and row are not among the excluded ones."""
+    if exclude is None or not len(exclude.values):
+        return np.ones(len(users), bool)
+    gone = exclude.row_ids * num_items + exclude.values.astype(np.int64)
+    return ~np.isin(users * num_items + rows, gone)
