@@ -82,7 +82,6 @@ def _pretrain(config: RootConfig) -> dict[str, Any]:
 def _finetune(config: RootConfig) -> dict[str, Any]:
     return {
         "sequence": _dump(config.sequence),
-        "ranking": _ranking(config),
         "target": config.data.target_domain,
     }
 
@@ -105,12 +104,9 @@ def _baseline(name: str) -> Stage:
 def _evaluation(config: RootConfig) -> dict[str, Any]:
     return {
         "evaluation": _dump(config.evaluation),
+        "ranking": [config.ranking.scorer, config.ranking.beam],
         "target": config.data.target_domain,
     }
-
-
-def _ranking(config: RootConfig) -> dict[str, Any]:
-    return config.ranking.model_dump(mode="json", exclude={"chunk_items"})
 
 
 # When a loop writes checkpoints and how many it keeps changes nothing of what it learns.

@@ -190,8 +190,8 @@ class SequenceConfig(Section):
 class RankingConfig(Section):
     """The one scorer that early stop, evaluation, recommend and bundle share."""
 
-    # factorised: all codes of the next item at once, exact top-k. autoregressive: code by code, a beam
-    # search; early stop and evaluation stay with the factorised score.
+    # factorised: all codes of the next item at once, exact. autoregressive: code by code, a beam search;
+    # early stop stays with the factorised score.
     scorer: Literal["factorised", "autoregressive"] = "factorised"
     beam: Positive = 50  # partial IDs kept per history and level (autoregressive)
     # Items kept per item that follow it in histories, for the bonus on the semantic-ID score; 0: no bonus.

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qbrec.config.stages import RankingConfig
 from qbrec.errors import DataError
+from qbrec.ranking.recommend import Ranker
 from qbrec.ranking.scorer import Scorer
-from qbrec.ranking.topk import ranks_both, tie_rank, top_k
+from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import HistoriesLike, batch_rows, contexts_and_targets, test_users
 from qbrec.storage.ragged import Ragged
 
@@ -107,6 +109,7 @@ def rank_model(
     test: TestSet,
     *,
     batch_users: int,
+    ranking: RankingConfig | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> ModelRanks:
     """Rank every test target over the full catalogue.
@@ -114,23 +117,22 @@ def rank_model(
     Args:
         scorer: The model.
         test: Users, targets and candidates.
-        batch_users: Users scored at once (fewer on huge catalogues).
+        batch_users: Users scored at once (fewer on huge catalogues, if scores are dense).
+        ranking: How semantic IDs are ranked; None: exactly.
         on_batch: Called with the number of users done, for progress.
     """
     kept, removed = np.empty((2, len(test)), np.int64)
     recommended = np.zeros(test.num_items, bool)
     k = min(COVERAGE_AT, test.num_items)
-    step = batch_rows(batch_users, test.num_items)
+    ranker = Ranker(scorer, tie_rank=test.ties, config=ranking or RankingConfig())
+    among = ranker.only(test.allowed)
+    step = batch_users if ranker.by_ids else batch_rows(batch_users, test.num_items)
     for begin in range(0, len(test), step):
         batch = slice(begin, min(begin + step, len(test)))
         contexts = test.contexts.slice(batch.start, batch.stop)
-        scores = scorer.scores(contexts, test.domain[batch])
-        kept[batch], removed[batch] = ranks_both(
-            scores, test.targets[batch], tie_rank=test.ties, seen=contexts, allowed=test.allowed
-        )
-        best, _ = top_k(scores, k, tie_rank=test.ties, exclude=contexts, allowed=test.allowed)
-        rows = best.cpu().numpy().ravel()
-        recommended[rows[rows >= 0]] = True
+        found = ranker.judge(contexts, test.domain[batch], test.targets[batch], k, among=among)
+        kept[batch], removed[batch] = found.kept, found.removed
+        recommended[found.best[found.best >= 0]] = True
         if on_batch is not None:
             on_batch(batch.stop - batch.start)
     return ModelRanks(kept, removed, float(recommended.sum() / test.allowed.sum()))

@@ -66,7 +66,11 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     for name, scorer in models.items():
         progress = ctx.progress(len(test), f"rank all items: {name}")
         ranks[name] = rank_model(
-            scorer, test, batch_users=config.evaluation.batch_users, on_batch=progress.update
+            scorer,
+            test,
+            batch_users=config.evaluation.batch_users,
+            ranking=config.ranking,
+            on_batch=progress.update,
         )
         progress.close()
     slices = test_slices(test, train_counts=counts, near_duplicate_group=catalog.near_duplicate_group)

@@ -1,7 +1,8 @@
-"""The k best items for histories by the configured scorer: what serving calls."""
+"""The configured scorer at work: the k best items for histories, and the rank of targets that are known."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,9 +15,10 @@ from qbrec.ranking.beam import BeamSearch, prefix_sums
 from qbrec.ranking.bonus import Bonus, BonusScorer
 from qbrec.ranking.code_index import CodeIndex
 from qbrec.ranking.exact import exact_top_k
+from qbrec.ranking.rank_of import exact_ranks
 from qbrec.ranking.rescore import rescored
 from qbrec.ranking.scorer import CodeScorer, Domain, FactorisedScorer, PrefixScorer, Scorer
-from qbrec.ranking.topk import check_k, top_k
+from qbrec.ranking.topk import check_k, ranks_both, top_k
 from qbrec.storage.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -46,6 +48,11 @@ class Ranker:
         base = scorer.base if isinstance(scorer, BonusScorer) else scorer
         self.bonus: Bonus | None = scorer.bonus if isinstance(scorer, BonusScorer) else None
         self._by_ids = base if isinstance(base, FactorisedScorer) else None
+
+    @property
+    def by_ids(self) -> bool:
+        """Whether items are ranked by their semantic IDs, without dense scores."""
+        return self._by_ids is not None
 
     @cached_property
     def index(self) -> CodeIndex:
@@ -98,6 +105,55 @@ class Ranker:
         model: Any = self._by_ids.code_scorer
         return self._beam(model, histories, domain, k, exclude=exclude, index=index, bonus=bonus)
 
+    def judge(
+        self,
+        histories: Ragged,
+        domain: Domain,
+        targets: NDArray[np.int64],
+        k: int,
+        *,
+        among: Allowed | None = None,
+    ) -> Judgement:
+        """Where each history's target stands among all items, and its k best items.
+
+        Args:
+            histories: B rows of item rows, most recent last; they are the seen items.
+            domain: Domain code of every history, [B] or one for all.
+            targets: Item row sought, int64 [B].
+            k: How many items, at most as many as there are.
+            among: A filter from `only`; None: all items.
+
+        Raises:
+            DataError: A score is NaN, or the semantic IDs are another model's.
+        """
+        if self._by_ids is None:
+            scores = self.scorer.scores(histories, domain)
+            allowed = None if among is None else among.mask
+            kept, removed = ranks_both(
+                scores, targets, tie_rank=self.tie_rank, seen=histories, allowed=allowed
+            )
+            best, _ = top_k(scores, k, tie_rank=self.tie_rank, exclude=histories, allowed=allowed)
+        elif self.config.scorer == "factorised":
+            index = self.index if among is None or among.index is None else among.index
+            bonus = None if self.bonus is None else self.bonus(histories)
+            log_probs = self._by_ids.code_scorer.code_log_probs(histories, domain)
+            kept, removed = exact_ranks(log_probs, targets, index=index, seen=histories, bonus=bonus)
+            best, _ = exact_top_k(log_probs, k, index=index, exclude=histories, bonus=bonus)
+        else:
+            # What leaves the beam is not found: such a target counts as last, which is the worst it can be.
+            width = min(max(self.config.beam, k), len(self.tie_rank))
+            lists = [
+                self.top_k(histories, domain, width, exclude=seen, among=among)[0].cpu().numpy()
+                for seen in (None, histories)
+            ]
+            kept, removed = (self._places(rows, targets) for rows in lists)
+            return Judgement(kept, removed, lists[1][:, :k])
+        return Judgement(kept, removed, best.cpu().numpy())
+
+    def _places(self, rows: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.int64]:
+        hit = rows == targets[:, None]
+        return np.where(hit.any(1), hit.argmax(1) + 1, len(self.tie_rank) + 1)
+
     def _beam(
         self,
         model: PrefixScorer,
@@ -125,6 +181,21 @@ class Ranker:
             rows.cpu().numpy(), scores.cpu().numpy(), index=index, exclude=exclude, bonus=bonus,
         )  # fmt: skip
         return torch.from_numpy(best).to(rows.device), torch.from_numpy(values).to(rows.device)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a ranker makes of histories whose next item is known.
+
+    Attributes:
+        kept: Rank of each target among all candidates, int64 [B]; N + 1: not found.
+        removed: The same with the seen items out of the race, int64 [B].
+        best: Item rows of the best, seen items removed, int64 [B, k]; -1 where there are fewer.
+    """
+
+    kept: NDArray[np.int64]
+    removed: NDArray[np.int64]
+    best: NDArray[np.int64]
 
 
 class Allowed:

@@ -15,6 +15,7 @@ from qbrec.errors import ConfigError, DataError
 from qbrec.ranking import AutoregressiveScorer, FactorisedScorer, tie_rank, top_k
 from qbrec.ranking.bonus import BonusScorer
 from qbrec.ranking.recommend import Ranker, largest
+from qbrec.ranking.topk import ranks_both
 from qbrec.registry.filters import in_categories, read_ids, with_ids
 from qbrec.registry.recommend import Recommender
 from qbrec.storage.ragged import Ragged
@@ -81,6 +82,37 @@ def test_equals_dense_scores(scorer: str, bonus: bool, filtered: bool, k: int) -
     expected = top_k(dense, k, tie_rank=TIES, exclude=HISTORIES, allowed=ALLOWED if filtered else None)
     assert torch.equal(rows, expected[0])
     assert torch.equal(scores, expected[1])
+
+
+@pytest.mark.parametrize("scorer", ["factorised", "autoregressive"])
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_targets_stand_where_dense_scores_put_them(scorer: str, bonus: bool, filtered: bool) -> None:
+    ours = ranker(scorer, bonus=bonus)
+    dense = ours.scorer.scores(HISTORIES, 0)
+    if scorer == "autoregressive":
+        dense = AutoregressiveScorer(Model(), index=ours.index).scores(HISTORIES, 0)
+        if bonus:
+            dense[:, : NUM_ITEMS - 10] += torch.from_numpy(Extra()(HISTORIES).toarray())
+    mask = ALLOWED if filtered else None
+    among = ours.only(ALLOWED) if filtered else None
+    for targets in (np.array([7, 14, 119, 9]), np.array([0, 1, 2, 3])):  # 9 was seen, 0 is not allowed
+        found = ours.judge(HISTORIES, 0, targets, 5, among=among)
+        kept, removed = ranks_both(dense, targets, tie_rank=TIES, seen=HISTORIES, allowed=mask)
+        np.testing.assert_array_equal(found.kept, kept)
+        np.testing.assert_array_equal(found.removed, removed)
+        best, _ = top_k(dense, 5, tie_rank=TIES, exclude=HISTORIES, allowed=mask)
+        np.testing.assert_array_equal(found.best, best.numpy())
+
+
+def test_what_leaves_the_beam_counts_as_last() -> None:
+    wide, narrow = (
+        ranker("autoregressive", bonus=False, beam=beam).judge(HISTORIES, 0, np.arange(20, 24), 2)
+        for beam in (1000, 3)
+    )
+    lost = narrow.removed == NUM_ITEMS + 1
+    assert lost.any()
+    assert (wide.removed <= NUM_ITEMS).all()
 
 
 def test_the_beam_is_the_configured_one() -> None:
