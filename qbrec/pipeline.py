@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -28,9 +28,12 @@ class Pipeline:
     Args:
         config: The configuration.
         resume: `auto`, `must` or `never`.
+        given: Artifacts that are there already, by the names under which stages read them.
     """
 
-    def __init__(self, config: RootConfig, *, resume: str = "auto") -> None:
+    def __init__(
+        self, config: RootConfig, *, resume: str = "auto", given: Mapping[str, Artifact] | None = None
+    ) -> None:
         if not config.data.domains:
             raise ConfigError(
                 "no input: data.domains is empty",
@@ -43,7 +46,7 @@ class Pipeline:
         )
         self.store = ArtifactStore(storage, remote=config.run.remote, progress=_meter)
         self.run_dir = run_directory(self.config)
-        self.artifacts: dict[str, Artifact] = {}
+        self.artifacts: dict[str, Artifact] = dict(given or {})
         self._resume = resume
         self._sources = ""
 
@@ -88,6 +91,13 @@ class Pipeline:
             if stage.name == name:
                 return self.artifacts[name]
         raise AssertionError(f"no stage {name!r}")
+
+    def train(self) -> dict[str, Artifact]:
+        """Bring all that the evaluation reads up to date, and return it by stage."""
+        for stage in stages_of(self.config):
+            if stage.name not in self.artifacts and not stage.every_seed:
+                self._bring(stage)
+        return dict(self.artifacts)
 
     def _bring(self, stage: Stage) -> None:
         inputs = {name: self.artifacts[name] for name in stage.inputs}

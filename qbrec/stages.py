@@ -12,6 +12,8 @@ from typing import Any
 from qbrec.config import RootConfig
 from qbrec.storage.artifact import Artifact, artifact_key
 
+CATALOG = "catalog"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -27,6 +29,8 @@ class Stage:
             anything is made of it: it raises GateError. What only the gate reads is no part of the recipe, so
             that other thresholds cost nothing.
         wanted: Whether a run of a configuration has this stage.
+        every_seed: Reads what the runs of further seeds (`evaluation.seeds`) trained as well: the artifacts
+            of the s-th one under `<stage>@<s>`.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Stage:
     distributed: bool = True
     gate: str | None = None
     wanted: Callable[[RootConfig], bool] = lambda config: True
+    every_seed: bool = False
 
     def key(self, config: RootConfig, *, inputs: Mapping[str, Artifact], sources: str) -> str:
         """Key of the artifact this stage would write."""
@@ -46,10 +51,13 @@ class Stage:
 def stages_of(config: RootConfig) -> tuple[Stage, ...]:
     """The stages that a run of this configuration has, in order, each with the inputs that there are."""
     wanted = {name: stage for name, stage in STAGES.items() if stage.wanted(config)}
-    return tuple(
-        replace(stage, inputs=tuple(name for name in stage.inputs if name in wanted))
-        for stage in wanted.values()
-    )
+    return tuple(replace(stage, inputs=_inputs(stage, wanted, config)) for stage in wanted.values())
+
+
+def _inputs(stage: Stage, wanted: Mapping[str, Stage], config: RootConfig) -> tuple[str, ...]:
+    own = tuple(name for name in stage.inputs if name in wanted)
+    further = range(1, config.evaluation.seeds) if stage.every_seed else ()
+    return own + tuple(f"{name}@{s}" for s in further for name in own if name != CATALOG)
 
 
 def _catalog(config: RootConfig) -> dict[str, Any]:
@@ -95,7 +103,7 @@ def _baseline(name: str) -> Stage:
     return Stage(
         name,
         f"qbrec.baselines.stage:{name}",
-        ("catalog",),
+        (CATALOG,),
         recipe,
         wanted=lambda config: name in config.evaluation.baselines,
     )
@@ -126,33 +134,33 @@ def _dump(section: Any) -> dict[str, Any]:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("catalog", "qbrec.catalog.stage:run", (), _catalog, distributed=False),
-        Stage("fusion", "qbrec.fusion.stage:run", ("catalog",), lambda c: {"fusion": _dump(c.fusion)}),
+        Stage(CATALOG, "qbrec.catalog.stage:run", (), _catalog, distributed=False),
+        Stage("fusion", "qbrec.fusion.stage:run", (CATALOG,), lambda c: {"fusion": _dump(c.fusion)}),
         Stage(
             "quantizer",
             "qbrec.quantizer.stage:run",
-            ("catalog", "fusion"),
+            (CATALOG, "fusion"),
             _quantizer,
             gate="qbrec.quantizer.stage:gate",
         ),
         Stage(
             "neighbours",
             "qbrec.neighbours.stage:run",
-            ("catalog", "fusion", "quantizer"),
+            (CATALOG, "fusion", "quantizer"),
             _neighbours,
             wanted=lambda config: config.ranking.neighbours > 0,
         ),
         Stage(
             "pretrain",
             "qbrec.sequence.stage:pretrain",
-            ("catalog", "quantizer"),
+            (CATALOG, "quantizer"),
             _pretrain,
             wanted=lambda config: config.sequence.pretraining,
         ),
         Stage(
             "finetune",
             "qbrec.sequence.stage:finetune",
-            ("catalog", "quantizer", "pretrain", "neighbours"),
+            (CATALOG, "quantizer", "pretrain", "neighbours"),
             _finetune,
         ),
         _baseline("sasrec"),
@@ -160,9 +168,10 @@ STAGES: dict[str, Stage] = {
         Stage(
             "evaluation",
             "qbrec.evaluation.stage:run",
-            ("catalog", "quantizer", "neighbours", "finetune", "sasrec", "bert4rec"),
+            (CATALOG, "quantizer", "neighbours", "finetune", "sasrec", "bert4rec"),
             _evaluation,
             distributed=False,
+            every_seed=True,
         ),
     )
 }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from qbrec.cli.options import run_options
+from qbrec.cli.seeds import train_further_seeds
 from qbrec.config.ablations import FULL, VARIANTS
+
+if TYPE_CHECKING:
+    from qbrec.storage.artifact import Artifact
 
 
 @click.command()
@@ -38,7 +44,7 @@ def ablate(config_path: str | None, overrides: tuple[str, ...], resume: str, onl
     from qbrec.storage.artifact import write_atomic
 
     plain = load_config(config_path, overrides=overrides)
-    evaluations = {}
+    evaluations: dict[str, Artifact] = {}
     for variant, (what, changes) in VARIANTS.items():
         if variant != FULL and only and variant not in only:
             continue
@@ -46,10 +52,11 @@ def ablate(config_path: str | None, overrides: tuple[str, ...], resume: str, onl
         say(f"\n{variant}: {what}")
         keys = (*overrides, *changes, f"run.name={name}")
         config = load_config(config_path, overrides=keys)
-        with Pipeline(config, resume=resume) as pipeline:
-            if variant == "text-only" and "text" not in pipeline.up_to("catalog").meta["modalities"]:
-                say("left out: the items have no text")
-                continue
+        if variant == "text-only" and "text" not in evaluations[FULL].meta["modalities"]:
+            say("left out: the items have no text")
+            continue
+        further = train_further_seeds(config, resume=resume)
+        with Pipeline(config, resume="auto" if further else resume, given=further) as pipeline:
             evaluations[variant] = pipeline.up_to("evaluation")
             main = pipeline.is_main
     if not main:

@@ -30,14 +30,21 @@ def config_options(function: Function) -> Function:
 def run_options(function: Function) -> Function:
     """What every command that runs stages takes: `config_options`, their short forms, and `--resume`.
 
-    `--workers` and `--collapse-duplicates` are handed on as overrides; `resume` is auto, must or never.
+    `--workers`, `--seeds` and `--collapse-duplicates` are handed on as overrides; `resume` is auto, must or
+    never.
     """
 
     @wraps(function)
     def command(
-        overrides: tuple[str, ...], workers: int | None, collapse_duplicates: bool, **options: Any
+        overrides: tuple[str, ...],
+        workers: int | None,
+        seeds: int | None,
+        collapse_duplicates: bool,
+        **options: Any,
     ) -> Any:
-        overrides = with_flags(overrides, workers=workers, collapse_duplicates=collapse_duplicates)
+        overrides = with_flags(
+            overrides, workers=workers, seeds=seeds, collapse_duplicates=collapse_duplicates
+        )
         return function(overrides=overrides, **options)
 
     for option in (
@@ -54,6 +61,7 @@ def run_options(function: Function) -> Function:
             help="Keep one item of each group of near-duplicates. Short for --set "
             "catalog.duplicates.collapse=both.",
         ),
+        click.option("--seeds", type=click.IntRange(min=1), help="Short for --set evaluation.seeds=N."),
         click.option("--workers", type=click.IntRange(min=1), help="Short for --set compute.num_workers=N."),
         config_options,
     ):
@@ -62,11 +70,13 @@ def run_options(function: Function) -> Function:
 
 
 def with_flags(
-    overrides: tuple[str, ...], *, workers: int | None, collapse_duplicates: bool
+    overrides: tuple[str, ...], *, workers: int | None, seeds: int | None = None, collapse_duplicates: bool
 ) -> tuple[str, ...]:
-    """Overrides with `--workers` and `--collapse-duplicates` written out."""
+    """Overrides with `--workers`, `--seeds` and `--collapse-duplicates` written out."""
     if workers is not None:
         overrides = (*overrides, f"compute.num_workers={workers}")
+    if seeds is not None:
+        overrides = (*overrides, f"evaluation.seeds={seeds}")
     if collapse_duplicates:
         overrides = (*overrides, "catalog.duplicates.collapse=both")
     return overrides

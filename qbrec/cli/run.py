@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from qbrec.cli.options import run_options
+from qbrec.cli.seeds import train_further_seeds
 
 
 @click.command()
@@ -13,13 +14,15 @@ def run(config_path: str | None, overrides: tuple[str, ...], resume: str) -> Non
     """Catalog, fusion, quantizer, pretraining, fine-tuning, evaluation, registration, report.
 
     Stages that are up to date are skipped; one that was cut off goes on from its last checkpoint. It ends
-    with a table: qbrec beside the baselines, over the full catalogue, with 95 % intervals.
+    with a table: qbrec beside the baselines, over the full catalogue, with 95 % intervals. With several
+    seeds every trained model is trained so often, and the metrics of each user are averaged first.
 
     \b
     Examples:
       qbrec run --config launch/quickstart.yaml
       qbrec run --config shop.yaml --set run.name=shop-2 --set fusion.width=128
       qbrec run --config shop.yaml --set run.name=shop-3 --collapse-duplicates
+      qbrec run --config shop.yaml --seeds 3
       torchrun --nproc-per-node 2 -m qbrec run --config shop.yaml
     """
     from qbrec.config import load_config
@@ -27,7 +30,8 @@ def run(config_path: str | None, overrides: tuple[str, ...], resume: str) -> Non
     from qbrec.pipeline import Pipeline
 
     config = load_config(config_path, overrides=overrides)
-    with Pipeline(config, resume=resume) as pipeline:
+    further = train_further_seeds(config, resume=resume)
+    with Pipeline(config, resume="auto" if further else resume, given=further) as pipeline:
         evaluation = pipeline.up_to("evaluation")
         if not pipeline.is_main:
             return

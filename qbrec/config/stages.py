@@ -250,6 +250,9 @@ class EvaluationConfig(Section):
         "sasrec",
         "bert4rec",
     )
+    # Runs of this many seeds, from run.seed on: every trained model is trained so often, and the metrics of
+    # each user are averaged. The model that serves is that of run.seed.
+    seeds: Positive = 1
     bootstrap: Positive = 2000
     batch_users: Positive = 256
     max_users: Count = 0  # 0: all

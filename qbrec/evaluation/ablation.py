@@ -35,11 +35,11 @@ def compare(evaluations: Mapping[str, Artifact], *, resamples: int, seed: int) -
     Raises:
         DataError: Two evaluations have other users.
     """
-    ranks = {variant: _ranks(artifact) for variant, artifact in evaluations.items()}
-    users = ranks[FULL]["user"]
+    measured = {variant: _per_user(artifact) for variant, artifact in evaluations.items()}
+    users = measured[FULL]["user"]
     sums = UserSums(len(users), seed=seed)
     places = {}
-    for variant, columns in ranks.items():
+    for variant, columns in measured.items():
         if not np.array_equal(columns["user"], users):
             raise DataError(
                 f"the variant {variant} was evaluated on other users",
@@ -48,10 +48,10 @@ def compare(evaluations: Mapping[str, Artifact], *, resamples: int, seed: int) -
             )
         for model in (MODEL, IDS_ALONE):
             if model in columns:
-                places[variant, model] = sums.add(metrics_of_ranks(columns[model]))
+                places[variant, model] = sums.add(columns[model])
     totals = sums.totals() / len(users)
     resampled = sums.resampled(resamples=resamples, seed=seed + 1) / len(users)
-    found: dict[str, Any] = {variant: {} for variant in ranks}
+    found: dict[str, Any] = {variant: {} for variant in measured}
     for (variant, model), place in places.items():
         entry = {"metrics": _cells(totals[place], resampled[:, place])}
         whole = places.get((FULL, model))
@@ -86,13 +86,16 @@ def _columns(entry: Mapping[str, Any], name: str) -> str:
     return f"{mean:>10.4f}{cell['mean']:>+9.4f}{star}{span:>20}"
 
 
-def _ranks(artifact: Artifact) -> dict[str, NDArray[np.int64]]:
+def _per_user(artifact: Artifact) -> dict[str, NDArray[Any]]:
+    """`user` int64 [B], and by model its metrics float64 [B, metrics], averaged over its seeds."""
     table = pq.read_table(artifact.file("ranks.parquet"))
-    columns = {"user": table["user"].to_numpy()}
+    found = {"user": table["user"].to_numpy()}
     for model in (MODEL, IDS_ALONE):
-        if f"{model}_removed" in table.column_names:
-            columns[model] = table[f"{model}_removed"].to_numpy().astype(np.int64)
-    return columns
+        seeds = [name for name in table.column_names if name.split("@")[0] == f"{model}_removed"]
+        if seeds:
+            values = [metrics_of_ranks(table[name].to_numpy().astype(np.int64)) for name in seeds]
+            found[model] = np.mean(values, axis=0)
+    return found
 
 
 def _cells(means: NDArray[np.float64], replicates: NDArray[np.float64]) -> dict[str, Cell]:

@@ -9,13 +9,15 @@ Layout (a cell is `{"mean", "low", "high"}` with the ends of a 95 % bootstrap in
     models     {model: {mode: {metric: cell}}}
     paired     {baseline: {mode: {metric: cell}}}     qbrec minus the baseline, per user
     slices     {slice: {"num_users", "models": as above, "paired": as above}}    empty where nobody is in it
+    seeds      {model: {mode: {metric: {"mean", "sd", "values"}}}}    of models trained from several seeds:
+               the mean over users by seed; everywhere else each user's metrics are averaged over seeds first
     coverage   {model: share of the candidates in anybody's top 10, seen removed}
     settings   {model: what was tuned on validation}
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ Table = dict[str, dict[str, dict[str, Cell]]]
 
 
 def summarise(
-    ranks: Mapping[str, ModelRanks],
+    ranks: Mapping[str, Sequence[ModelRanks]],
     slices: Mapping[str, NDArray[np.bool_]],
     *,
     resamples: int,
@@ -42,22 +44,26 @@ def summarise(
     """Means, intervals and paired differences of all models, over all users and by slice.
 
     Args:
-        ranks: By model; `qbrec` among them is compared with each other one.
+        ranks: By model, one for each seed; `qbrec` among them is compared with each other one.
         slices: bool [B] by name, `all` among them.
         resamples: Bootstrap resamples.
         seed: Of them.
 
     Returns:
-        `models`, `paired`, `slices`, `coverage` as in the head of this module.
+        `models`, `paired`, `slices`, `seeds`, `coverage` as in the head of this module.
     """
     num_users = len(slices["all"])
     sums = UserSums(num_users, seed=seed)
     sizes, places = {}, {}
     for name, member in slices.items():
         sizes[name] = sums.add(member[:, None].astype(np.float64))
-    for model, result in ranks.items():
+    by_seed: dict[str, dict[str, Any]] = {}
+    for model, results in ranks.items():
         for mode in MODES:
-            values = metrics_of_ranks(result.of(mode))
+            each = np.stack([metrics_of_ranks(result.of(mode)) for result in results])  # [S, B, metrics]
+            values = each.mean(0)
+            if len(results) > 1:
+                by_seed.setdefault(model, {})[mode] = _spread(each.mean(1))
             for name, member in slices.items():
                 places[name, model, mode] = sums.add(values * member[:, None])
     totals, resampled = sums.totals(), sums.resampled(resamples=resamples, seed=seed + 1)
@@ -83,11 +89,26 @@ def summarise(
         "models": by_slice["all"]["models"],
         "paired": by_slice["all"]["paired"],
         "slices": by_slice,
-        "coverage": {model: result.coverage for model, result in ranks.items()},
+        "seeds": by_seed,
+        "coverage": {
+            model: float(np.mean([result.coverage for result in results])) for model, results in ranks.items()
+        },
     }
 
 
-def _keys(ranks: Mapping[str, ModelRanks]) -> list[tuple[str, str]]:
+def _spread(means: NDArray[np.float64]) -> dict[str, Any]:
+    """Mean, standard deviation and values over the seeds, of means [S, metrics]."""
+    return {
+        metric: {
+            "mean": float(means[:, i].mean()),
+            "sd": float(means[:, i].std(ddof=1)),
+            "values": means[:, i].tolist(),
+        }
+        for i, metric in enumerate(METRICS)
+    }
+
+
+def _keys(ranks: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(model, mode) for model in ranks for mode in MODES]
 
 

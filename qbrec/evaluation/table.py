@@ -33,6 +33,10 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         for model in models:
             cells = metrics["models"][model][mode]
             lines.append(_row(model, [_with_interval(cells[name]) for name in SHOWN]))
+            if model in metrics["seeds"]:
+                spread = metrics["seeds"][model][mode]
+                count = len(spread[SHOWN[0]]["values"])
+                lines.append(_row(f"  ± {count} seeds", [_number(spread[name]["sd"]) for name in SHOWN]))
         for model in models:
             if model in metrics["paired"]:
                 cells = metrics["paired"][model][mode]

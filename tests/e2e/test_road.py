@@ -64,6 +64,19 @@ def test_variants_share_what_they_do_not_change(road: Road) -> None:
     assert stages["quantizer"]["key"] != road.stages()["quantizer"]["key"]
 
 
+def test_further_seeds_are_runs_of_their_own_on_one_catalogue(road: Road) -> None:
+    must(qbrec("evaluate", "--config", road.config, "--seeds", "2", "--set", "run.name=seeds"))
+    folders = [road.run_dir.with_name(name) for name in ("seeds", "seeds-seed-1")]
+    stages = [json.loads((folder / "run.json").read_text())["stages"] for folder in folders]
+    assert "evaluation" not in stages[1]
+    assert stages[0]["finetune"]["key"] == road.stages()["finetune"]["key"] != stages[1]["finetune"]["key"]
+    assert "catalog" not in stages[1]  # it is the first run's
+    metrics = json.loads((Path(stages[0]["evaluation"]["path"]) / "metrics.json").read_text())
+    values = metrics["seeds"]["qbrec"]["removed"]["ndcg@10"]["values"]
+    assert values[0] == pytest.approx(road.metrics()["models"]["qbrec"]["removed"]["ndcg@10"]["mean"])
+    assert len(set(values)) == 2
+
+
 def test_the_report_is_one_self_contained_page(road: Road) -> None:
     page = (road.run_dir / "report.html").read_text()
     assert "NDCG@10" in page

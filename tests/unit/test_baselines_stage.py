@@ -122,6 +122,10 @@ def test_a_run_has_the_baselines_that_its_evaluation_names(made: dict[str, Artif
     every, without = stages_of(configured()), stages_of(configured({"baselines": ["popularity", "bert4rec"]}))
     assert [stage.name for stage in every] == list(STAGES)
     assert every[-1].inputs == STAGES["evaluation"].inputs
+    seeds = stages_of(configured({"seeds": 3}))
+    own = every[-1].inputs
+    assert seeds[-1].inputs == own + tuple(f"{name}@{s}" for s in (1, 2) for name in own if name != "catalog")
+    assert [stage.inputs for stage in seeds[:-1]] == [stage.inputs for stage in every[:-1]]
     assert [stage.name for stage in without] == [name for name in STAGES if name != "sasrec"]
     assert without[-1].inputs == tuple(name for name in every[-1].inputs if name != "sasrec")
     with pytest.raises(ConfigError, match="baselines"):

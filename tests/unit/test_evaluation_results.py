@@ -124,11 +124,11 @@ def test_groups_of_users_have_the_same_interval() -> None:
     assert spread[1] == pytest.approx(spread[0], rel=0.1)
 
 
-def example(num_users: int = 300) -> tuple[dict[str, ModelRanks], dict[str, np.ndarray]]:
+def example(num_users: int = 300) -> tuple[dict[str, list[ModelRanks]], dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     rival = rng.integers(1, 60, num_users)
     ours = np.maximum(rival - rng.integers(-1, 5, num_users), 1)
-    ranks = {"qbrec": ModelRanks(ours + 1, ours, 0.5), "itemknn": ModelRanks(rival + 1, rival, 0.25)}
+    ranks = {"qbrec": [ModelRanks(ours + 1, ours, 0.5)], "itemknn": [ModelRanks(rival + 1, rival, 0.25)]}
     slices = {
         "all": np.ones(num_users, bool),
         "non_duplicate": rng.random(num_users) < 0.9,
@@ -148,8 +148,8 @@ def test_summary_means_are_exact_and_intervals_hold_them() -> None:
         part = found["slices"][name]
         assert part["num_users"] == member.sum()
         for mode in MODES:
-            ours = metrics_of_ranks(ranks["qbrec"].of(mode))[member]
-            rival = metrics_of_ranks(ranks["itemknn"].of(mode))[member]
+            ours = metrics_of_ranks(ranks["qbrec"][0].of(mode))[member]
+            rival = metrics_of_ranks(ranks["itemknn"][0].of(mode))[member]
             for i, metric in enumerate(METRICS):
                 cell = part["models"]["qbrec"][mode][metric]
                 assert cell["mean"] == pytest.approx(ours[:, i].mean())
@@ -163,6 +163,37 @@ def test_summary_means_are_exact_and_intervals_hold_them() -> None:
     assert narrow["high"] - narrow["low"] < wide["high"] - wide["low"]
     assert found["coverage"] == {"qbrec": 0.5, "itemknn": 0.25}
     json.dumps(found, allow_nan=False)
+
+
+def test_metrics_of_users_are_averaged_over_seeds_first() -> None:
+    ranks, slices = example()
+    rng = np.random.default_rng(3)
+    first = ranks["qbrec"][0]
+    others = [
+        ModelRanks(rng.permutation(first.kept), rng.permutation(first.removed), share) for share in (0.1, 0.9)
+    ]
+    found = summarise(ranks | {"qbrec": [first, *others]}, slices, resamples=500, seed=0)
+    each = np.stack([metrics_of_ranks(one.removed) for one in (first, *others)])
+    rival = metrics_of_ranks(ranks["itemknn"][0].removed)
+    for i, metric in enumerate(METRICS):
+        cell = found["models"]["qbrec"]["removed"][metric]
+        assert cell["mean"] == pytest.approx(each[..., i].mean())
+        spread = found["seeds"]["qbrec"]["removed"][metric]
+        assert spread["values"] == pytest.approx(each[..., i].mean(1))
+        assert spread["mean"] == pytest.approx(cell["mean"])
+        assert spread["sd"] == pytest.approx(each[..., i].mean(1).std(ddof=1))
+        paired = found["paired"]["itemknn"]["removed"][metric]
+        assert paired["mean"] == pytest.approx((each.mean(0) - rival)[:, i].mean())
+    # Averaged over seeds a user's metric varies less.
+    width = [
+        cells["models"]["qbrec"]["removed"]["ndcg@10"]
+        for cells in (found, summarise(ranks, slices, resamples=500, seed=0))
+    ]
+    assert width[0]["high"] - width[0]["low"] < width[1]["high"] - width[1]["low"]
+    assert set(found["seeds"]) == {"qbrec"}
+    assert found["coverage"]["qbrec"] == pytest.approx(0.5)
+    found["protocol"] = {"domain": "pets", "num_users": 300, "num_candidates": 6000, "duplicate_share": 0.1}
+    assert "± 3 seeds" in format_table(found)
 
 
 def test_table_fits_a_terminal() -> None:
