@@ -84,8 +84,19 @@ class Pipeline:
         return self._main
 
     def up_to(self, name: str) -> Artifact:
-        """Bring a stage and all before it up to date and return its artifact."""
-        for stage in stages_of(self.config):
+        """Bring a stage and all before it up to date and return its artifact.
+
+        Raises:
+            ConfigError: This configuration has no such stage.
+        """
+        stages = stages_of(self.config)
+        if name not in [stage.name for stage in stages]:
+            raise ConfigError(
+                f"this configuration has no stage {name!r}: it is switched off",
+                where="sequence.pretraining" if name == "pretrain" else "configuration",
+                fix=f"choose one of {', '.join(stage.name for stage in stages)}",
+            )
+        for stage in stages:
             if stage.name not in self.artifacts:
                 self._bring(stage)
             if stage.name == name:

@@ -38,27 +38,36 @@ def ablate(config_path: str | None, overrides: tuple[str, ...], resume: str, onl
     import json
 
     from qbrec.config import load_config
+    from qbrec.errors import ConfigError, GateError
     from qbrec.evaluation.ablation import compare, format_ablation
     from qbrec.pipeline import Pipeline, say
     from qbrec.run_record import run_directory
     from qbrec.storage.artifact import write_atomic
 
     plain = load_config(config_path, overrides=overrides)
-    evaluations: dict[str, Artifact] = {}
-    for variant, (what, changes) in VARIANTS.items():
-        if variant != FULL and only and variant not in only:
-            continue
+    configs = {}
+    for variant in (FULL, *(only or VARIANTS)):
         name = plain.run.name if variant == FULL else f"{plain.run.name}-{variant}"
-        say(f"\n{variant}: {what}")
-        keys = (*overrides, *changes, f"run.name={name}")
-        config = load_config(config_path, overrides=keys)
+        keys = (*overrides, *VARIANTS[variant][1], f"run.name={name}")
+        try:  # now, not after hours of training
+            configs[variant] = load_config(config_path, overrides=keys)
+        except ConfigError as error:
+            say(f"{variant} is left out: {error}")
+    evaluations: dict[str, Artifact] = {}
+    for variant, config in configs.items():
+        say(f"\n{variant}: {VARIANTS[variant][0]}")
         if variant == "text-only" and "text" not in evaluations[FULL].meta["modalities"]:
             say("left out: the items have no text")
             continue
-        further = train_further_seeds(config, resume=resume)
-        with Pipeline(config, resume="auto" if further else resume, given=further) as pipeline:
-            evaluations[variant] = pipeline.up_to("evaluation")
-            main = pipeline.is_main
+        try:
+            further = train_further_seeds(config, resume=resume)
+            with Pipeline(config, resume="auto" if further else resume, given=further) as pipeline:
+                evaluations[variant] = pipeline.up_to("evaluation")
+                main = pipeline.is_main
+        except GateError as error:
+            if variant == FULL:
+                raise
+            say(f"left out: {error}")
     if not main:
         return
     found = compare(evaluations, resamples=plain.evaluation.bootstrap, seed=plain.run.seed)

@@ -20,6 +20,11 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "random-ids": (
         "the same IDs, dealt to the items at random",
         # IDs without meaning are what is asked for: the gate against them must let them pass.
-        ("quantizer.shuffled=true", "quantizer.quality.min_cohesion_gain=0"),
+        (
+            "quantizer.shuffled=true",
+            "quantizer.quality.min_cohesion_gain=0",
+            "quantizer.quality.max_collision_rate=1",
+            "quantizer.quality.max_largest_bucket=0",
+        ),
     ),
 }

@@ -22,6 +22,7 @@ from qbrec.fusion.catalog_pass import embed_catalog
 from qbrec.fusion.embed import FusionEncoder
 from qbrec.fusion.model import BEHAVIOUR, QUERY_STD, STRUCTURE, FusionModel, ModalitySpec
 from qbrec.fusion.training import train_fusion
+from qbrec.ranking.graphs import COUNTED
 from qbrec.storage.artifact import Artifact, write_atomic
 from qbrec.storage.block_reader import BlockSet
 
@@ -127,10 +128,11 @@ def _modalities(catalog: Artifact, items: BlockSet, behaviour: NDArray[Any] | No
         for name, facts in sorted(meta["modalities"].items())
         if facts["present"]
     ]
-    for name in (BEHAVIOUR, STRUCTURE):
+    # Ours, and the names of item graphs, beside which content views stand later.
+    for name in (BEHAVIOUR, STRUCTURE, *COUNTED, "fused"):
         if any(spec.name == name for spec in found):
             raise ConfigError(
-                f"a modality of the catalogue is called {name!r}, which the fusion stage uses itself",
+                f"a modality of the catalogue is called {name!r}, which we use ourselves",
                 where=f"items, column {name}_embedding",
                 fix="rename the column",
             )

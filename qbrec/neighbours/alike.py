@@ -41,7 +41,9 @@ def alike(
         float32 CSR [N, N], the same on every rank. Cosines of zero or less are no likeness.
     """
     num_items = len(vectors)
-    table = torch.nn.functional.normalize(torch.from_numpy(vectors).to(ctx.device).float())
+    table = torch.from_numpy(vectors).to(ctx.device, torch.float32, copy=True)
+    for part in table.split(1 << 16):
+        torch.nn.functional.normalize(part, out=part)
     places, similar, owners = [], [], []
     parts = _chunks(num_items, cells if num_items > EXACT_ITEMS else None)
     for number, (rows, pool) in enumerate(parts):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
@@ -41,12 +42,15 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         DataError: An input is damaged.
     """
     catalog = CatalogView(inputs["catalog"])
-    cells = token_table(inputs["quantizer"]).codes[:, 0]
+    # Only what may be recommended: other items would take the places of those that may.
+    rows = np.flatnonzero(catalog.candidates(config.data.target_domain))
+    cells = token_table(inputs["quantizer"]).codes[rows, 0]
     views = {}
     if config.ranking.alike:
         for name, vectors in _content(catalog, inputs["fusion"]):
-            progress = ctx.progress(catalog.num_items, f"nearest neighbours: {name}")
-            views[name] = alike(ctx, vectors, keep=config.ranking.alike, cells=cells, on_rows=progress.update)
+            progress = ctx.progress(len(rows), f"nearest neighbours: {name}")
+            found = alike(ctx, vectors[rows], keep=config.ranking.alike, cells=cells, on_rows=progress.update)
+            views[name] = _among_all(found, rows, num_items=catalog.num_items)
             progress.close()
     writer = ctx.writer()
     meta: dict[str, Any] = {"arrows": {name: int(graph.nnz) for name, graph in views.items()}}
@@ -70,6 +74,14 @@ def _content(catalog: CatalogView, fusion: Artifact) -> Iterator[tuple[str, NDAr
     fused = BlockSet.open(fusion, FUSED).column(FUSED, 0, catalog.num_items)
     # What all items share says nothing of any: without it the cosines spread.
     yield FUSED, fused - fused.mean(0, dtype=np.float32).astype(np.float16)
+
+
+def _among_all(graph: sp.csr_matrix, rows: NDArray[np.int64], *, num_items: int) -> sp.csr_matrix:
+    """A graph of some items as one of all of them."""
+    lengths = np.zeros(num_items, np.int64)
+    lengths[rows] = np.diff(graph.indptr)
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    return sp.csr_matrix((graph.data, rows[graph.indices], indptr), shape=(num_items, num_items))
 
 
 def _first_tokens(items: BlockSet, name: str, dim: int) -> NDArray[np.float16]:

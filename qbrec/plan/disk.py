@@ -9,6 +9,7 @@ from qbrec.config.stages import TrainConfig
 from qbrec.fusion.model import BEHAVIOUR
 from qbrec.plan.scenario import Modality, Resolved, Scenario
 from qbrec.quantizer.packing import code_dtype
+from qbrec.ranking.graphs import COUNTED
 
 PAGE = 4096  # bytes that a system reads at least
 DISPLAY = 200  # bytes of an item's id, title, brand and categories
@@ -51,6 +52,15 @@ def quantizer_disk(config: RootConfig, scenario: Scenario, resolved: Resolved) -
         "items by ID": 8 * scenario.items,
         "codebooks": 4 * sum(resolved.levels) * config.fusion.width,
     }
+
+
+def graph_bytes(config: RootConfig, scenario: Scenario) -> int:
+    """Of the item graphs, at most, on disk as in memory: arrows of 4 + 4 bytes."""
+    if not config.ranking.neighbours:
+        return 0
+    views = sum(m.kind == "dense" and m.name != BEHAVIOUR for m in scenario.modalities) + 1
+    arrows = len(COUNTED) * config.ranking.neighbours + views * config.ranking.alike
+    return 8 * scenario.items * arrows
 
 
 def checkpoint_files(train: TrainConfig) -> int:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from qbrec.config import RootConfig
+from qbrec.fusion.model import BEHAVIOUR
 from qbrec.neighbours.alike import EXACT_ITEMS
+from qbrec.plan.disk import graph_bytes
 from qbrec.plan.memory import FLOAT, RankMemory
 from qbrec.plan.scenario import Resolved, Scenario
 from qbrec.plan.stages import INT64, StagePlan
 from qbrec.ranking.cooccurrence import FOLLOWS, TOGETHER
-from qbrec.ranking.graphs import COUNTED
 
 _HALF = 2
 
 
 def neighbours_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) -> StagePlan:
     """The stage `neighbours`."""
-    items, keep, alike = scenario.items, config.ranking.neighbours, config.ranking.alike
-    widths = [m.dim for m in scenario.modalities if m.kind == "dense" and m.tokens] + [config.fusion.width]
+    items, alike = scenario.items, config.ranking.alike
+    widths = [m.dim for m in scenario.modalities if m.kind == "dense" and m.name != BEHAVIOUR] + [
+        config.fusion.width
+    ]
     memory = RankMemory.start(on_gpu=scenario.gpu is not None)
     if alike:
         memory.device.during("likeness", "vectors", FLOAT * items * max(widths))
@@ -29,8 +32,7 @@ def neighbours_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) 
     reach = max(min(c.window, scenario.train_interactions) for c in (FOLLOWS, TOGETHER))
     pairs = min(2 * reach * scenario.users * scenario.train_interactions, float(items) ** 2)
     memory.host.during("counting", "pairs counted, at most", 3 * 16 * pairs)
-    arrows = items * (len(COUNTED) * keep + len(widths) * alike)
-    disk = {"item graphs, at most": round(arrows * 2 * FLOAT)}
+    disk = {"item graphs, at most": graph_bytes(config, scenario)}
     compared = items if items <= EXACT_ITEMS else items / resolved.levels[0]
     flops = sum(2.0 * items * compared * width for width in widths) / scenario.world if alike else 0.0
     hours = flops / (scenario.peak("float32") * scenario.mfu) / 3600

@@ -9,7 +9,7 @@ from qbrec.config import RootConfig
 from qbrec.config.stages import MaskConfig, TrainConfig
 from qbrec.fusion.embed import CHUNK
 from qbrec.plan.activations import Numbers, encoder_activations, fusion_activations
-from qbrec.plan.disk import PAGE, checkpoint_files, item_bytes, item_runs
+from qbrec.plan.disk import PAGE, checkpoint_files, graph_bytes, item_bytes, item_runs
 from qbrec.plan.memory import FLOAT, RankMemory, add_rows, add_training, precise
 from qbrec.plan.parameters import encoder_parameters, fusion_parameters
 from qbrec.plan.scenario import Resolved, Scenario, sequence_lengths
@@ -188,6 +188,8 @@ def sequence_plan(name: str, config: RootConfig, scenario: Scenario, resolved: R
     )
     memory.host.keep("batches read ahead", STEPS_AHEAD * dealt.micro_steps * INT64 * largest.items)
     _ranking(memory, config, scenario, levels)
+    if tuning:
+        _graphs(memory, config, scenario)
     disk = {
         "network": FLOAT * parameters.total,
         "checkpoints": checkpoint_files(train) * 3 * FLOAT * parameters.total,
@@ -199,6 +201,11 @@ def sequence_plan(name: str, config: RootConfig, scenario: Scenario, resolved: R
     steps = dealt.steps * train.epochs
     hours = steps * dealt.micro_steps * seconds / 3600
     return StagePlan(name, memory, disk, rate, steps, hours, dealt.busy)
+
+
+def _graphs(memory: RankMemory, config: RootConfig, scenario: Scenario) -> None:
+    # As stored, and once more with rows that add up to one, those of content turned round as well.
+    memory.host.during("bonus", "item graphs, at most", 3 * graph_bytes(config, scenario))
 
 
 def history_rate(train: TrainConfig, scenario: Scenario, *, seconds: float) -> float:
@@ -237,6 +244,7 @@ def evaluation_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) 
     on_gpu = scenario.gpu is not None
     memory = RankMemory.start(on_gpu=on_gpu)
     _ranking(memory, config, scenario, resolved.levels)
+    _graphs(memory, config, scenario)
     users = min(scenario.users, config.evaluation.max_users or scenario.users)
     models = 1 + bool(config.ranking.neighbours) + len(config.evaluation.baselines)
     hours = None

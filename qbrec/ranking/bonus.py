@@ -198,9 +198,8 @@ def _candidates(
     rows = torch.from_numpy(contexts.row_ids).to(scores.device)
     scores[rows, torch.from_numpy(contexts.values.astype(np.int64)).to(scores.device)] = LOWEST
     paths = graphs.paths(contexts)
-    # Every path in units of its own mean, so that each brings its best.
-    even = [1 / max(float(path.data.mean()) if path.nnz else 0.0, 1e-9) for path in paths]
-    reached = strongest(weighted(paths, even), FIRST_BY_PATHS)
+    # Every path in units of the user's own mean, so that each brings its best, whoever shares the batch.
+    reached = strongest(weighted([_even(path) for path in paths], [1.0] * len(paths)), FIRST_BY_PATHS)
     columns = np.full((len(contexts), _num_candidates(scores.shape[1])), -1, np.int64)
     first = columns.shape[1] - FIRST_BY_PATHS
     columns[:, :first] = scores.topk(first, dim=1).indices.cpu().numpy()
@@ -218,6 +217,14 @@ def _candidates(
         features[..., number][inside] = np.asarray(path[r, c]).ravel()
     hit = (order == targets[:, None]) & (features[..., 0] > LOWEST)
     return features, np.where(hit.any(1), hit.argmax(1), -1)
+
+
+def _even(path: sp.csr_matrix) -> sp.csr_matrix:
+    """Rows divided by the mean of their entries."""
+    lengths = np.diff(path.indptr)
+    sums = np.asarray(path.sum(1)).ravel()
+    scale = np.divide(lengths, sums, out=np.zeros(len(sums)), where=sums > 0).astype(np.float32)
+    return sp.csr_matrix((path.data * np.repeat(scale, lengths), path.indices, path.indptr), shape=path.shape)
 
 
 def _by_user(parts: list[torch.Tensor]) -> NDArray[Any]:

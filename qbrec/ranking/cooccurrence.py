@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from qbrec.storage.ragged import Ragged
 
 LAST = 20
-CHUNK_INTERACTIONS = 1 << 21
+CHUNK_PAIRS = 1 << 25  # counted at once
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def co_occurrence(histories: Ragged, *, num_items: int, counting: Counting = FOL
         float32 CSR [N, N]. The diagonal is dropped: an item is no reason to recommend itself.
     """
     total = sp.csr_matrix((num_items, num_items), dtype=np.float64)
-    # Cut into parts of so many interactions: the pairs of one part are twenty times as many.
-    marks = np.arange(0, histories.offsets[-1], CHUNK_INTERACTIONS)
+    # The pairs of a part are twice the window times its interactions, at most.
+    marks = np.arange(0, histories.offsets[-1], max(1, CHUNK_PAIRS // (2 * counting.window)))
     cuts = np.searchsorted(histories.offsets, marks, side="right") - 1
     for begin, end in itertools.pairwise(np.unique(np.append(cuts, len(histories)))):
         part = histories.slice(int(begin), int(end))

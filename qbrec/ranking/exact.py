@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
 
 FIRST_LOOK = 32  # prefixes per level that the first look follows
-EXHAUSTIVE = 0.1  # share left after the first look from which several users are scored together
+# Share left after the first look from which several users are scored together. Kernel and numpy must compare
+# it at one precision: a share that is exactly as large would be put off by one and left there by the other.
+EXHAUSTIVE = float(np.float32(0.1))
 WORTH_TOGETHER = 3  # users of that kind from which it pays to score eight at once
 SMALL = 250_000  # distinct IDs up to which several users need no first look
 SMALL_ALONE = 2_000  # and one user
@@ -138,7 +140,8 @@ def _search(tables: Tables, k: int, seen: Ints, seen_at: Ints) -> tuple[Ints, Fl
             return
         table = in_lanes(tables.log_probs, users)
         if leaves <= TINY:
-            best = np.full(kernels.WIDTH * tables.index.depth, np.inf, np.float32)
+            # Not inf: together with a code that cannot be, -inf, it would be no number at all.
+            best = np.full(kernels.WIDTH * tables.index.depth, np.finfo(np.float32).max, np.float32)
         else:
             best = in_lanes(tables.best, users)
         bars = np.full(kernels.WIDTH, np.inf, np.float32)

@@ -38,7 +38,7 @@ class ItemGraphs:
     Attributes:
         follows: co(i, j) / ((pop_j + 1)^0.1 · sqrt(pop_i + 1)), see `cooccurrence`.
         next: The same of the very next item only.
-        together: Histories that hold both / sqrt((pop_i + 1) · (pop_j + 1)).
+        together: Pairs of places in a history that hold both / sqrt((pop_i + 1) · (pop_j + 1)).
         alike: By content view: squared cosine of each item's nearest neighbours.
     """
 
@@ -85,12 +85,21 @@ class ItemGraphs:
         """
         near = recency(histories, decay=DECAY, num_items=self.num_items)
         far = recency(histories, decay=CONTENT_DECAY, num_items=self.num_items)
-        walk = strongest(near @ self._following, WALK)
+        walk = strongest(steps(near, self._following), WALK)
         every = recency(histories, decay=TOGETHER_DECAY, num_items=self.num_items)
-        found = [near @ self.follows, near @ self.next, every @ self.together, walk @ self._following]
+        found = [
+            steps(near, self.follows),
+            steps(near, self.next),
+            steps(every, self.together),
+            steps(walk, self._following),
+        ]
         for view, graph in self.alike.items():
-            like = strongest(near @ self._like[view], WALK)
-            found += [far @ graph, walk @ self._liked_by[view], like @ self._following]
+            like = strongest(steps(near, self._like[view]), WALK)
+            found += [
+                steps(far, graph),
+                steps(walk, self._liked_by[view]),
+                steps(like, self._following),
+            ]
         for matrix in found:
             np.sqrt(matrix.data, out=matrix.data)
         return found
@@ -126,7 +135,9 @@ class ItemGraphs:
         Raises:
             DataError: It is damaged.
         """
-        return cls.from_arrays({k: v.numpy() for k, v in artifact.load_safetensors(GRAPHS).items()})
+        graphs = cls.from_arrays({k: v.numpy() for k, v in artifact.load_safetensors(GRAPHS).items()})
+        _ = graphs._following, graphs._like, graphs._liked_by  # now, not within somebody's first request
+        return graphs
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ItemGraphs:
@@ -138,6 +149,7 @@ class ItemGraphs:
 
 
 COUNTED = ("follows", "next", "together")
+_SPARSE = 20  # arrows that are followed at most, as a share of the items, for a product to be made compact
 _PARTS = {"indptr": np.int64, "indices": np.int32, "data": np.float32}
 
 
@@ -152,11 +164,27 @@ def _shares(graph: sp.csr_matrix) -> sp.csr_matrix:
     return (sp.diags(1 / np.where(sums > 0, sums, 1)) @ graph).tocsr().astype(np.float32)
 
 
+def steps(weights: sp.csr_matrix, graph: sp.csr_matrix) -> sp.csr_matrix:
+    """`weights` [B, N] times `graph` [N, N]; for a few histories at a cost that does not depend on N."""
+    lengths = graph.indptr[weights.indices + 1] - graph.indptr[weights.indices]
+    if int(lengths.sum()) * _SPARSE > graph.shape[1]:
+        return (weights @ graph).tocsr()
+    # scipy fills an array of N numbers for every product: with ten million items that is most of the time.
+    rows, at = np.unique(weights.indices, return_inverse=True)
+    part = graph[rows]
+    columns, to = np.unique(part.indices, return_inverse=True)
+    left = sp.csr_matrix((weights.data, at, weights.indptr), shape=(weights.shape[0], len(rows)))
+    right = sp.csr_matrix((part.data, to, part.indptr), shape=(len(rows), len(columns)))
+    product = (left @ right).tocsr()
+    found = (product.data, columns[product.indices], product.indptr)
+    return sp.csr_matrix(found, shape=(weights.shape[0], graph.shape[1]))
+
+
 def strongest(matrix: sp.csr_matrix, keep: int) -> sp.csr_matrix:
-    """The `keep` largest entries of every row; of equal ones those of lower column."""
+    """The `keep` largest entries of every row, by column; of equal ones those of lower column."""
+    matrix.sort_indices()  # always: sums over the entries must not depend on who shares the batch
     if np.diff(matrix.indptr).max(initial=0) <= keep:
         return matrix
-    matrix.sort_indices()
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     order = np.lexsort((matrix.indices, -matrix.data, rows))
     place = np.arange(len(rows)) - matrix.indptr[rows]  # within its row, since `order` keeps rows together

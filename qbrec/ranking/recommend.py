@@ -16,7 +16,7 @@ from qbrec.ranking.bonus import Bonus, BonusScorer
 from qbrec.ranking.code_index import CodeIndex
 from qbrec.ranking.exact import exact_top_k
 from qbrec.ranking.rank_of import exact_ranks
-from qbrec.ranking.rescore import rescored
+from qbrec.ranking.rescore import rescored, without
 from qbrec.ranking.scorer import CodeScorer, Domain, FactorisedScorer, PrefixScorer, Scorer
 from qbrec.ranking.topk import check_k, ranks_both, top_k
 from qbrec.storage.ragged import Ragged
@@ -169,7 +169,7 @@ class Ranker:
         rows, scores = BeamSearch(index, beam=width).search(model, histories, domain, k, exclude=exclude)
         if bonus is None:
             return rows, scores
-        candidates = largest(bonus, width)
+        candidates = largest(_reachable(bonus, index, exclude), width)
         users = np.repeat(np.arange(len(histories)), width)
         asked = np.where(candidates < 0, 0, candidates)
         sums = prefix_sums(
@@ -181,6 +181,16 @@ class Ranker:
             rows.cpu().numpy(), scores.cpu().numpy(), index=index, exclude=exclude, bonus=bonus,
         )  # fmt: skip
         return torch.from_numpy(best).to(rows.device), torch.from_numpy(values).to(rows.device)
+
+
+def _reachable(bonus: sp.csr_matrix, index: CodeIndex, exclude: Ragged | None) -> sp.csr_matrix:
+    """The bonus of items that may be returned: others must not take their place among the candidates."""
+    entries = bonus.tocoo()
+    kept = without(entries.row.astype(np.int64), entries.col.astype(np.int64), exclude, index.num_items)
+    if index.allowed is not None:
+        kept &= index.allowed[entries.col]
+    part = (entries.data[kept], (entries.row[kept], entries.col[kept]))
+    return type(bonus)(part, shape=bonus.shape)
 
 
 @dataclass(frozen=True)

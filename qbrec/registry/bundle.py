@@ -23,7 +23,7 @@ from qbrec.storage.token_table import MODALITY_CODES, SEMANTIC_IDS
 
 BUNDLE_FILE = "bundle.json"
 CARD_FILE = "MODEL_CARD.md"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # What recommending reads; `evaluation` is there for the gate, which compares two versions user by user.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -75,7 +75,7 @@ def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Ar
         for kind, names in GENERATION_PARTS.items()
         for number in range(1, len(numbered(artifacts, kind)) + 1)
     }
-    if "neighbours" not in artifacts:  # a run without a bonus
+    if "neighbours" not in require(artifacts, "finetune").inputs:  # a run without a bonus
         del wanted["neighbours"]
     for kind, names in wanted.items():
         artifact = require(artifacts, kind)

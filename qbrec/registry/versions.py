@@ -52,8 +52,8 @@ def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact
         RegistryError: MLflow is not reachable or refuses.
     """
     prints = {f"qbrec.{kind}": require(artifacts, kind).fingerprint for kind in SERVED_PARTS}
-    if "neighbours" in artifacts:
-        prints["qbrec.neighbours"] = artifacts["neighbours"].fingerprint
+    if "neighbours" in artifacts["finetune"].inputs:
+        prints["qbrec.neighbours"] = require(artifacts, "neighbours").fingerprint
     prints[GENERATIONS_TAG] = _generations_print(artifacts)
     name = config.registry.model_name
     with registry_errors(config), registry_lock(lock_folder(config)):

@@ -10,16 +10,18 @@ from numpy.typing import NDArray
 
 from qbrec.config import RootConfig
 from qbrec.engine.context import StageContext
+from qbrec.errors import DataError
 from qbrec.ranking.bonus import Bonus, BonusScorer, tune_bonus
 from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer, Scorer
 from qbrec.ranking.topk import tie_rank
-from qbrec.ranking.validate import contexts_and_targets, drawn_users
+from qbrec.ranking.validate import batch_rows, contexts_and_targets, drawn_users
 from qbrec.sequence.recommender import SequenceRecommender
 from qbrec.storage.artifact import Artifact, ArtifactWriter
 from qbrec.storage.catalog_view import CatalogView
 
 BONUS_FILE = "bonus.json"
+MOST_USERS = 20_000  # that the weights are fitted on
 
 
 def fit_bonus(
@@ -39,11 +41,10 @@ def fit_bonus(
     """
     target = config.data.target_domain
     histories = catalog.load_histories(target)
-    users = drawn_users(
-        histories, max_users=config.sequence.validation_users, seed=ctx.sub_seed("sequence/validation")
-    )
+    most = min(config.sequence.validation_users or MOST_USERS, MOST_USERS)
+    users = drawn_users(histories, max_users=most, seed=ctx.sub_seed("sequence/validation"))
     mine = users[ctx.rank :: ctx.world]
-    step = config.evaluation.batch_users
+    step = batch_rows(config.evaluation.batch_users, catalog.num_items)
     batches = []
     for begin in range(0, len(mine), step):
         batch = mine[begin : begin + step]
@@ -69,10 +70,19 @@ def load_bonus(finetune: Artifact, neighbours: Artifact | None) -> Bonus | None:
     """The bonus of a run; None where it has none, or where validation wanted none.
 
     Raises:
-        DataError: A file is damaged.
+        DataError: A file is damaged, or the graphs are not those that the weights were fitted on.
     """
-    if neighbours is None or not finetune.has(BONUS_FILE):
+    if not finetune.has(BONUS_FILE):
         return None
+    wanted = finetune.inputs.get("neighbours")
+    if neighbours is None or neighbours.fingerprint != wanted:
+        raise DataError(
+            "the model's bonus was fitted on other item graphs"
+            if neighbours
+            else "the item graphs are missing",
+            where=str(finetune.path),
+            fix="bring the run up to date with `qbrec run`, then register it again",
+        )
     weights = finetune.load_json(BONUS_FILE)["weights"]
     if not any(weights.values()):
         return None
@@ -92,13 +102,13 @@ def load_scorer(
 
     Args:
         finetune: Of fine-tuning, or its part of a bundle.
-        neighbours: The item graphs; None: semantic IDs alone.
+        neighbours: The item graphs that it was fine-tuned beside, if there are any.
         semantic_ids: Codes of all items [N, L].
         chunk_items: Items scored at once.
         device: Where the encoder shall run.
 
     Raises:
-        DataError: A file is damaged.
+        DataError: A file is damaged, or the artifacts do not belong together.
     """
     encoder = SequenceRecommender.load(finetune, semantic_ids=semantic_ids, device=device)
     scorer = FactorisedScorer(encoder, semantic_ids=semantic_ids, chunk_items=chunk_items)

@@ -140,7 +140,7 @@ def test_another_run_shares_the_stages_that_are_equal(road: Road) -> None:
     sibling = Road.write(road.config.parent, tree)
     must(sibling.run())
     same = {stage for stage in STAGES if sibling.stages()[stage]["key"] == road.stages()[stage]["key"]}
-    assert same == {"catalog", "fusion", "quantizer", "pretrain", "sasrec", "bert4rec"}
+    assert same == {"catalog", "fusion", "quantizer", "neighbours", "pretrain", "sasrec", "bert4rec"}
 
 
 def test_promotion_asks_the_gate(road: Road) -> None:

@@ -59,7 +59,7 @@ def by_loops(training: list[list[int]], history: list[int], *, alpha: float, dec
 
 @pytest.mark.parametrize("chunk", [17, 1 << 20])
 def test_itemknn_is_the_formula(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cooccurrence, "CHUNK_INTERACTIONS", chunk)
+    monkeypatch.setattr(cooccurrence, "CHUNK_PAIRS", 20 * chunk)
     data = random_histories(12)
     training = data.rows.prefix(data.cut[:, 0])
     fitted = ItemKNN.fit(training, num_items=NUM_ITEMS)

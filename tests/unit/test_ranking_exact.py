@@ -235,3 +235,8 @@ def test_what_is_refused(either: str) -> None:
         exact_top_k(wrong, 3, index=case.index)
     with pytest.raises(DataError, match="NaN"):
         exact_ranks(wrong, case.target, index=case.index, seen=None)
+
+
+def test_kernel_and_numpy_compare_shares_at_one_precision() -> None:
+    # A share that is exactly the limit would be put off by one of them and left there by the other.
+    assert float(np.float32(exact.EXHAUSTIVE)) == exact.EXHAUSTIVE

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import scipy.sparse as sp
 
+from qbrec.ranking import graphs as graphs_module
 from qbrec.ranking.cooccurrence import FOLLOWS, NEXT, TOGETHER, Counting, co_occurrence, recency
-from qbrec.ranking.graphs import ItemGraphs, strongest
+from qbrec.ranking.graphs import ItemGraphs, steps, strongest
 from qbrec.storage.ragged import Ragged
 
 NUM_ITEMS = 12
@@ -94,6 +96,15 @@ def test_every_path_equals_brute_force() -> None:
         assert graphs.names == tuple(expected)
         for name, path in zip(graphs.names, graphs.paths(Ragged.from_lists(queries)), strict=True):
             np.testing.assert_allclose(path.toarray(), np.sqrt(expected[name]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [0, 10**6])
+def test_products_for_few_histories_are_made_compact(sparse: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "_SPARSE", sparse)
+    weights = recency(Ragged.from_lists([[3, 5, 3], [], [0]]), decay=0.5, num_items=NUM_ITEMS)
+    got, expected = steps(weights, view(4)), weights @ view(4)
+    assert got.shape == expected.shape
+    np.testing.assert_array_equal(got.toarray(), expected.toarray())
 
 
 def test_graphs_survive_the_disk_form() -> None:

@@ -156,6 +156,8 @@ def catalog(with_paths: bool = True) -> SimpleNamespace:
     return SimpleNamespace(
         display=lambda rows: table.take(pa.array(rows)),
         lookup=lambda ids, domain: [names.get(item, -1) for item in ids],
+        # The second item is a listing of the first.
+        base=SimpleNamespace(num_items=4, representatives=lambda rows: np.where(rows == 1, 0, rows)),
     )
 
 
@@ -240,7 +242,7 @@ def test_categories(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
 def test_item_ids(tmp_path: Path) -> None:
     path = tmp_path / "stock.txt"
     path.write_text("i1\n\n i5 \n", encoding="utf-8")
-    assert np.flatnonzero(with_ids(catalog(), read_ids(path), "shop", num_items=5)).tolist() == [1]
+    assert np.flatnonzero(with_ids(catalog(), read_ids(path), "shop", num_items=5)).tolist() == [0]
     with pytest.raises(DataError, match="'i9'"):
         with_ids(catalog(), ["i1", "i9"], "shop", num_items=6)
     path.write_text("\n")
