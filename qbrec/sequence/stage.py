@@ -192,7 +192,7 @@ def _scorer(
 def _evaluator(
     ctx: StageContext, config: RootConfig, catalog: CatalogView, semantic_ids: NDArray[Any]
 ) -> Callable[[nn.Module], Mapping[str, float]]:
-    """Validation metrics of the semantic IDs alone, exact, on the target domain; the ranks share the users."""
+    """Validation metrics of the semantic IDs alone, exact, on the target domain; ranks share the users."""
     target = config.data.target_domain
     histories = catalog.load_histories(target)
     allowed = catalog.candidates(target)
