@@ -170,7 +170,6 @@ STAGES: dict[str, Stage] = {
             "qbrec.evaluation.stage:run",
             (CATALOG, "quantizer", "neighbours", "finetune", "sasrec", "bert4rec"),
             _evaluation,
-            distributed=False,
             every_seed=True,
         ),
     )

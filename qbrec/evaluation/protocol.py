@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qbrec.config.stages import RankingConfig
+from qbrec.engine.context import StageContext
 from qbrec.errors import DataError
 from qbrec.ranking.recommend import Ranker
 from qbrec.ranking.scorer import Scorer
 from qbrec.ranking.topk import tie_rank
-from qbrec.ranking.validate import HistoriesLike, batch_rows, contexts_and_targets, test_users
+from qbrec.ranking.validate import HistoriesLike, batch_rows, contexts_and_targets, dealt_back, test_users
 from qbrec.storage.ragged import Ragged
 
 COVERAGE_AT = 10
@@ -111,28 +113,40 @@ def rank_model(
     batch_users: int,
     ranking: RankingConfig | None = None,
     on_batch: Callable[[int], None] | None = None,
+    ctx: StageContext | None = None,
 ) -> ModelRanks:
-    """Rank every test target over the full catalogue.
+    """Rank every test target over the full catalogue; each user once, whatever the number of ranks.
 
     Args:
         scorer: The model.
         test: Users, targets and candidates.
         batch_users: Users scored at once (fewer on huge catalogues, if scores are dense).
         ranking: How semantic IDs are ranked; None: exactly.
-        on_batch: Called with the number of users done, for progress.
+        on_batch: Called with the number of users done, over all ranks, for progress.
+        ctx: The ranks that share the users; None: this process has them all.
+
+    Returns:
+        The ranks of all users, on every rank.
     """
-    kept, removed = np.empty((2, len(test)), np.int64)
-    recommended = np.zeros(test.num_items, bool)
+    rank, world = (ctx.rank, ctx.world) if ctx is not None else (0, 1)
+    mine = np.arange(rank, len(test), world)
+    ranks = np.empty((len(mine), 2), np.int64)  # kept, removed
+    recommended = np.zeros(test.num_items, np.uint8)
     k = min(COVERAGE_AT, test.num_items)
     ranker = Ranker(scorer, tie_rank=test.ties, config=ranking or RankingConfig())
     among = ranker.only(test.allowed)
     step = batch_users if ranker.by_ids else batch_rows(batch_users, test.num_items)
-    for begin in range(0, len(test), step):
-        batch = slice(begin, min(begin + step, len(test)))
-        contexts = test.contexts.slice(batch.start, batch.stop)
+    for begin in range(0, len(mine), step):
+        batch = mine[begin : begin + step]
+        contexts = test.contexts.take(batch)
         found = ranker.judge(contexts, test.domain[batch], test.targets[batch], k, among=among)
-        kept[batch], removed[batch] = found.kept, found.removed
-        recommended[found.best[found.best >= 0]] = True
+        ranks[begin : begin + step] = np.stack([found.kept, found.removed], axis=1)
+        recommended[found.best[found.best >= 0]] = 1
         if on_batch is not None:
-            on_batch(batch.stop - batch.start)
-    return ModelRanks(kept, removed, float(recommended.sum() / test.allowed.sum()))
+            on_batch(len(batch) * world)
+    if ctx is not None:
+        ranks = dealt_back(ctx.gather_bytes(torch.from_numpy(ranks).to(ctx.device))).numpy()
+        anywhere = ctx.all_reduce(torch.from_numpy(recommended).to(ctx.device), op="max")
+        recommended = anywhere.cpu().numpy()
+    share = float(recommended.sum(dtype=np.int64) / test.allowed.sum())
+    return ModelRanks(ranks[:, 0].copy(), ranks[:, 1].copy(), share)

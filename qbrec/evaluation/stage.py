@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     """Rank, compare, write `metrics.json` (layout: `evaluation.results`) and `ranks.parquet`.
 
     Args:
-        ctx: Context of one process.
+        ctx: The rank's context: the ranks share the users.
         config: `evaluation`, `ranking.chunk_items` and the target domain are read.
         inputs: `catalog`, `quantizer`, `finetune`, `neighbours` where the run has them, the artifacts of the
             baselines that are trained, and the same of further seeds (`finetune@1`, …).
@@ -33,7 +34,6 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     Raises:
         DataError: The target domain has no test user, or an input is damaged or belongs to another run.
     """
-    assert ctx.world == 1, "evaluation runs in one process"
     domain = config.data.target_domain
     catalog = CatalogView(inputs["catalog"])
     histories = catalog.load_histories(domain)
@@ -61,36 +61,40 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
                     batch_users=config.evaluation.batch_users,
                     ranking=config.ranking,
                     on_batch=progress.update,
+                    ctx=ctx,
                 )
             )
             progress.close()
-    slices = test_slices(test, train_counts=counts, near_duplicate_group=catalog.near_duplicate_group)
-    metrics = summarise(
-        ranks, slices, resamples=config.evaluation.bootstrap, seed=ctx.sub_seed("evaluation/bootstrap")
-    )
-    metrics["settings"] = settings
-    metrics["protocol"] = {
-        "domain": domain,
-        "split": config.catalog.split,
-        "num_users": len(test),
-        "num_candidates": int(allowed.sum()),
-        "seeds": config.evaluation.seeds,
-        "duplicate_share": float(1 - slices["non_duplicate"].mean()),
-        "bootstrap": config.evaluation.bootstrap,
-        "confidence": CONFIDENCE,
-    }
-    reached = metrics["models"][MODEL]["removed"]
-    ctx.log_metrics(0, {metric: cell["mean"] for metric, cell in reached.items()})
     writer = ctx.writer()
-    writer.save_json("metrics.json", metrics)
-    writer.write_bytes("ranks.parquet", _parquet(ranks_table(test, histories, ranks=ranks, slices=slices)))
-    meta = {
-        "domain": domain,
-        "num_users": len(test),
-        "models": list(ranks),
-        "modalities": list(inputs["catalog"].meta.get("modalities", ())),
-        **{metric: reached[metric]["mean"] for metric in ("hr@10", "ndcg@10")},
-    }
+    meta: dict[str, Any] = {}
+    if ctx.is_main:
+        slices = test_slices(test, train_counts=counts, near_duplicate_group=catalog.near_duplicate_group)
+        metrics = summarise(
+            ranks, slices, resamples=config.evaluation.bootstrap, seed=ctx.sub_seed("evaluation/bootstrap")
+        )
+        metrics["settings"] = settings
+        metrics["protocol"] = {
+            "domain": domain,
+            "split": config.catalog.split,
+            "num_users": len(test),
+            "num_candidates": int(allowed.sum()),
+            "seeds": config.evaluation.seeds,
+            "duplicate_share": float(1 - slices["non_duplicate"].mean()),
+            "bootstrap": config.evaluation.bootstrap,
+            "confidence": CONFIDENCE,
+        }
+        reached = {metric: cell["mean"] for metric, cell in metrics["models"][MODEL]["removed"].items()}
+        ctx.log_metrics(0, reached)
+        writer.save_json("metrics.json", metrics)
+        table = ranks_table(test, histories, ranks=ranks, slices=slices)
+        writer.write_bytes("ranks.parquet", _parquet(table))
+        meta = {
+            "domain": domain,
+            "num_users": len(test),
+            "models": list(ranks),
+            "modalities": list(inputs["catalog"].meta.get("modalities", ())),
+            **{metric: reached[metric] for metric in ("hr@10", "ndcg@10")},
+        }
     return ctx.commit(writer, meta=meta, inputs=inputs)
 
 

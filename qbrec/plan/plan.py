@@ -13,7 +13,6 @@ from qbrec.plan.quantizing import quantizer_plan
 from qbrec.plan.scenario import GIB, Resolved, Scenario, resolve, sequence_lengths
 from qbrec.plan.stages import StagePlan, evaluation_plan, fusion_plan, sequence_plan
 
-_ALONE = ("evaluation",)  # stages that run once, not on every rank
 _BASELINES = ("sasrec", "bert4rec")  # stages that only the evaluation asks for
 
 
@@ -68,7 +67,7 @@ def make_plan(config: RootConfig, scenario: Scenario) -> Plan:
 def _warnings(stage: StagePlan, config: RootConfig, scenario: Scenario) -> list[str]:
     found = []
     memory = stage.memory
-    ranks = 1 if stage.name in _ALONE else min(scenario.per_machine, scenario.world)
+    ranks = min(scenario.per_machine, scenario.world)
     if memory is not None:
         if scenario.gpu and memory.device.peak > scenario.gpu.memory_bytes:
             part, mend = _mend(stage.name, memory.device.parts(), config)

@@ -240,7 +240,7 @@ def add_validation(memory: RankMemory, config: RootConfig, scenario: Scenario) -
 
 
 def evaluation_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) -> StagePlan:
-    """The last stage, on one device: memory, and the least time that moving the scores takes."""
+    """The last stage, the users shared among the ranks: the least time that moving dense scores takes."""
     on_gpu = scenario.gpu is not None
     memory = RankMemory.start(on_gpu=on_gpu)
     _ranking(memory, config, scenario, resolved.levels)
@@ -252,5 +252,6 @@ def evaluation_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) 
         # Made, turned over (read and written), compared thrice, and read twice for the top items.
         passes = 1 + 2 + 3 + 2
         hours = users * models * passes * FLOAT * scenario.items / scenario.gpu.bandwidth / 3600
+        hours /= scenario.world
     disk = {"ranks of every user": users * (8 + 1 + 8 + 4 + 8 * models)}
     return StagePlan("evaluation", memory, disk, hours=hours)

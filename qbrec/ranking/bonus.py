@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,6 +22,7 @@ from qbrec.ranking.graphs import ItemGraphs, strongest
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.scorer import Domain, Scorer
 from qbrec.ranking.topk import LOWEST, target_ranks
+from qbrec.ranking.validate import dealt_back
 from qbrec.storage.ragged import Ragged
 
 SCALES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -124,8 +124,8 @@ def tune_bonus(
     none = np.zeros((0, _num_candidates(len(tie_rank)), 1 + len(graphs.names)), np.float32)
     features = np.concatenate([none, *(part for part, _ in parts)])
     found = np.concatenate([np.zeros(0, np.int64), *(known for _, known in parts)])
-    features = _by_user(gather(torch.from_numpy(features).to(device)))
-    places = _by_user(gather(torch.from_numpy(found).to(device)))
+    features = dealt_back(gather(torch.from_numpy(features).to(device))).numpy()
+    places = dealt_back(gather(torch.from_numpy(found).to(device))).numpy()
     bonus = Bonus(graphs, tuple(conditional_logit(features, places)))
     gains = torch.zeros(1 + len(SCALES), dtype=torch.float64)
     place = METRICS.index("ndcg@10")
@@ -225,14 +225,6 @@ def _even(path: sp.csr_matrix) -> sp.csr_matrix:
     sums = np.asarray(path.sum(1)).ravel()
     scale = np.divide(lengths, sums, out=np.zeros(len(sums)), where=sums > 0).astype(np.float32)
     return sp.csr_matrix((path.data * np.repeat(scale, lengths), path.indices, path.indptr), shape=path.shape)
-
-
-def _by_user(parts: list[torch.Tensor]) -> NDArray[Any]:
-    """Users back in their own order: rank r holds users r, r + world and so on."""
-    whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype)
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part.cpu()
-    return whole.numpy()
 
 
 def _num_candidates(num_items: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,6 +70,21 @@ def contexts_and_targets(
     start = np.asarray(histories.cut)[users, part].astype(np.int64)
     rows = histories.rows
     return rows.take(users).prefix(start), rows.values[rows.offsets[users] + start].astype(np.int64)
+
+
+def dealt_back(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows that were dealt to the ranks one by one (rank r has r, r + world and so on), in their own order.
+
+    Args:
+        parts: Of each rank, [n_r, …].
+
+    Returns:
+        [Σ n_r, …] on the CPU.
+    """
+    whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype)
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part.cpu()
+    return whole
 
 
 def drawn_users(histories: HistoriesLike, *, max_users: int, seed: int) -> NDArray[np.int64]:
