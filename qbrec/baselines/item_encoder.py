@@ -5,7 +5,8 @@ arXiv 1904.06690): hidden items are predicted from both sides; at the end of a h
 item, the recommendation. Both are trained with the softmax over all items, not with sampled negatives:
 trained so to convergence they are much stronger than as first published (Klenitskiy & Vasilev 2023,
 arXiv 2309.07602). Here both have pre-norm blocks and tied output weights with a bias. BERT4Rec's further
-layer before the output is left out: it only slowed training down (Amazon Scientific).
+layer before the output is left out: the run without it learnt about twice as fast (Amazon Scientific, one
+seed, mask ratio .3 against .2 and .6).
 """
 
 from __future__ import annotations
