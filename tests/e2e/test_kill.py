@@ -21,7 +21,12 @@ TRAINING = ("fusion", "pretrain", "finetune", "sasrec", "bert4rec")
 # Here everything dies at once, as in a power cut, so that the stage cannot end by itself. In the other stages
 # only the driver is killed: its workers live on for a while beside those of the next one.
 POWER_CUT = ("fusion", "pretrain")
-LAST_LINE_BEFORE = {"catalog": "writing items", "evaluation": "rank all items"}
+# The work of the last two is over in a moment: they die while their workers start.
+LAST_LINE_BEFORE = {
+    "catalog": "writing items",
+    "neighbours": "▸ neighbours\n",
+    "evaluation": "▸ evaluation\n",
+}
 # Two helpers of Ray wait a minute for the dead head before they end; they touch nothing of ours.
 # Linux keeps the first 15 characters of a process's name.
 RAY_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
