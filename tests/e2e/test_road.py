@@ -51,7 +51,19 @@ def test_every_stage_left_an_artifact_and_progress_with_an_eta(road: Road) -> No
 
 
 def test_variants_share_what_they_do_not_change(road: Road) -> None:
-    shown = must(qbrec("ablate", "--config", road.config, "--only", "random-ids", "--only", "no-pretraining"))
+    shown = must(
+        qbrec(
+            "ablate",
+            "--config",
+            road.config,
+            "--workers",
+            "1",
+            "--only",
+            "random-ids",
+            "--only",
+            "no-pretraining",
+        )
+    )
     found = json.loads((road.run_dir / "ablation.json").read_text())
     assert set(found) == {"full", "random-ids", "no-pretraining"}
     full = road.metrics()["models"]["qbrec"]["removed"]["ndcg@10"]["mean"]
@@ -65,7 +77,11 @@ def test_variants_share_what_they_do_not_change(road: Road) -> None:
 
 
 def test_further_seeds_are_runs_of_their_own_on_one_catalogue(road: Road) -> None:
-    must(qbrec("evaluate", "--config", road.config, "--seeds", "2", "--set", "run.name=seeds"))
+    must(
+        qbrec(
+            "evaluate", "--config", road.config, "--workers", "1", "--seeds", "2", "--set", "run.name=seeds"
+        )
+    )
     folders = [road.run_dir.with_name(name) for name in ("seeds", "seeds-seed-1")]
     stages = [json.loads((folder / "run.json").read_text())["stages"] for folder in folders]
     assert "evaluation" not in stages[1]
