@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.cli import STAGES, Road, environment, must, qbrec
 
+ALONE = ("--set", "compute.launcher=inprocess", "--workers", "1")  # no cluster to wait for
 METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10")
 
 
@@ -56,8 +57,7 @@ def test_variants_share_what_they_do_not_change(road: Road) -> None:
             "ablate",
             "--config",
             road.config,
-            "--workers",
-            "1",
+            *ALONE,
             "--only",
             "random-ids",
             "--only",
@@ -77,11 +77,7 @@ def test_variants_share_what_they_do_not_change(road: Road) -> None:
 
 
 def test_further_seeds_are_runs_of_their_own_on_one_catalogue(road: Road) -> None:
-    must(
-        qbrec(
-            "evaluate", "--config", road.config, "--workers", "1", "--seeds", "2", "--set", "run.name=seeds"
-        )
-    )
+    must(qbrec("evaluate", "--config", road.config, *ALONE, "--seeds", "2", "--set", "run.name=seeds"))
     folders = [road.run_dir.with_name(name) for name in ("seeds", "seeds-seed-1")]
     stages = [json.loads((folder / "run.json").read_text())["stages"] for folder in folders]
     assert "evaluation" not in stages[1]
