@@ -171,7 +171,12 @@ def test_ranks_of_torchrun_resume_bit_for_bit(tmp_path: Path) -> None:
 def stopped_and_resumed(folder: Path, *launcher: str) -> None:
     """SIGTERM in mid-training, to torchrun's agent where there is one; then the same command again."""
     if launcher:
-        launcher = (*launcher[:1], "--master-port", str(free_ports(1)), *launcher[1:])
+        launcher = (
+            *launcher[:1],
+            "--master-port",
+            str(free_ports(1, first=20_000, end=21_900)),
+            *launcher[1:],
+        )
     undisturbed, stopped = folder / "undisturbed", folder / "stopped"
     for where in (undisturbed, stopped):
         write_order(where, COMPUTE, checkpoint_every=1000, seconds=0.3 if where is stopped else 0.0)
