@@ -158,6 +158,10 @@ class SequenceConfig(Section):
     dropout: Fraction = 0.2
     max_items: Positive = 50  # the last H items of a history
     position: Literal["learned", "rotary"] = "learned"
+    # Items that have a code of their own beside their semantic ID: so many, those with most interactions in
+    # training and at least so many of them; 0: none.
+    item_codes: Count = 32_768
+    item_code_interactions: Positive = 2
     codebook_start: bool = True  # code embeddings start from the quantizer's codebooks, not at random
     # Softmax over items against those over codes; 0: codes only.
     item_weight: float = Field(default=1.0, ge=0)

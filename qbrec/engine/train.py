@@ -58,6 +58,7 @@ def train(
     evaluate: Evaluate | None = None,
     monitor: str | None = None,
     rows: RowUse | None = None,
+    start_counts: bool = False,
 ) -> TrainResult:
     """Train `task.module` and leave the resulting weights (the best ones where `monitor` is set) in it.
 
@@ -76,6 +77,8 @@ def train(
         monitor: Name of the metric (higher is better) that picks the weights and stops early.
         rows: Rows beside the module that the task uses; they are trained, checkpointed and left in the best
             state with it.
+        start_counts: The weights that the module comes with are evaluated too, and stay where nothing better
+            comes of them; not beside `rows`.
 
     Raises:
         QbrecError: The loss is not finite.
@@ -89,7 +92,7 @@ def train(
         Heartbeat(ctx) as heartbeat,
         watch_collectives(heartbeat),
     ):
-        loop = _Loop(ctx, task, loader, config, evaluate, monitor, rows)
+        loop = _Loop(ctx, task, loader, config, evaluate, monitor, rows, start_counts)
         try:
             return loop.run(label, stop, heartbeat)
         finally:
@@ -106,9 +109,13 @@ class _Loop:
         evaluate: Evaluate | None,
         monitor: str | None,
         rows: RowUse | None,
+        start_counts: bool,
     ) -> None:
         self.ctx, self.task, self.loader, self.config = ctx, task, loader, config
         self.evaluate, self.monitor, self.rows = evaluate, monitor, rows
+        assert not (start_counts and (evaluate is None or rows is not None))
+        # They come with the module in every start of the stage, so they need no checkpoint.
+        self.start = copy.deepcopy(task.module.state_dict()) if start_counts else None
         self.total = config.epochs * loader.steps_per_epoch
         self.step, self.best_step, self.waited = 0, None, 0
         self.skipped = {"skipped_steps": 0, "skipped_row_steps": 0}
@@ -141,6 +148,9 @@ class _Loop:
         )
         if found is not None:
             self._resume(found)
+        elif self.start is not None:
+            heartbeat.beat(self.step, phase="evaluation")
+            self._evaluate(-1)
         progress = self.ctx.progress(self.total, label, done=self.step)
         per_epoch, ended, stopped = self.loader.steps_per_epoch, False, False
         for epoch in range(self.step // per_epoch, self.config.epochs):
@@ -238,7 +248,7 @@ class _Loop:
                 "curve": self.result.curve,
             },
         )
-        self.checkpoints.save(snapshot, best_step=self.best_step)
+        self.checkpoints.save(snapshot, best_step=self.best_step or None)  # 0: the weights it started with
 
     def _resume(self, found: Snapshot) -> None:
         self._recall(found.meta)
@@ -267,7 +277,9 @@ class _Loop:
 
     def _finish(self, weights: dict[str, torch.Tensor]) -> TrainResult:
         chosen = self.step if self.best_step is None else self.best_step
-        if chosen != self.step:
+        if chosen == 0 and self.start is not None:
+            weights = self.start
+        elif chosen != self.step:
             weights = self.checkpoints.load_weights(chosen)
         if self.rows is not None:
             self.checkpoints.load_rows(chosen)

@@ -14,6 +14,7 @@ from qbrec.plan.memory import FLOAT, RankMemory, add_rows, add_training, precise
 from qbrec.plan.parameters import encoder_parameters, fusion_parameters
 from qbrec.plan.scenario import Resolved, Scenario, sequence_lengths
 from qbrec.plan.work import encoder_flops, fusion_flops, fusion_forward, largest_batch, mean_batch
+from qbrec.quantizer.packing import code_dtype
 from qbrec.ranking.validate import batch_rows
 from qbrec.storage.order import WINDOW_BLOCKS
 
@@ -164,7 +165,7 @@ def _behaviour(memory: RankMemory, config: RootConfig, scenario: Scenario) -> No
 
 def sequence_plan(name: str, config: RootConfig, scenario: Scenario, resolved: Resolved) -> StagePlan:
     """Stage 3, `pretrain` or `finetune`; fine-tuning is planned for all users, as of a single domain."""
-    sequence, world, levels = config.sequence, scenario.world, resolved.levels
+    sequence, world, levels = config.sequence, scenario.world, read_levels(config, scenario, resolved)
     tuning = name == "finetune"
     train: TrainConfig = sequence.finetune if tuning else sequence.pretrain
     masks: MaskConfig = sequence.finetune_masks if tuning else sequence.masks
@@ -216,11 +217,20 @@ def history_rate(train: TrainConfig, scenario: Scenario, *, seconds: float) -> f
     return train.micro_batch * touched / seconds
 
 
+def read_levels(config: RootConfig, scenario: Scenario, resolved: Resolved) -> tuple[int, ...]:
+    """Codes per level that the encoder reads: those of the semantic ID, then the item codes, if any."""
+    own = min(config.sequence.item_codes, scenario.items)
+    return (*resolved.levels, own + 1) if own else resolved.levels
+
+
 def _ranking(memory: RankMemory, config: RootConfig, scenario: Scenario, levels: tuple[int, ...]) -> None:
     """What every rank holds to score users by semantic IDs while it trains."""
     items, depth = scenario.items, len(levels)
-    narrow = items * depth * (1 if max(levels) <= 256 else FLOAT)
+    kind = code_dtype(levels)
+    narrow = items * depth * (kind.itemsize if kind.itemsize <= 2 else FLOAT)
     memory.device.keep("id table", narrow)
+    if config.sequence.item_codes:
+        memory.host.keep("codes and item codes", kind.itemsize * items * depth)
     memory.device.during("evaluation", "id table of the scorer", narrow + FLOAT * items * depth)
     memory.host.during("evaluation", "codes of the scorer", FLOAT * items * depth)
     add_validation(memory, config, scenario)
@@ -243,7 +253,7 @@ def evaluation_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) 
     """The last stage, the users shared among the ranks: the least time that moving dense scores takes."""
     on_gpu = scenario.gpu is not None
     memory = RankMemory.start(on_gpu=on_gpu)
-    _ranking(memory, config, scenario, resolved.levels)
+    _ranking(memory, config, scenario, read_levels(config, scenario, resolved))
     _graphs(memory, config, scenario)
     users = min(scenario.users, config.evaluation.max_users or scenario.users)
     models = 1 + bool(config.ranking.neighbours) + len(config.evaluation.baselines)

@@ -17,6 +17,7 @@ from qbrec.config import RootConfig
 from qbrec.errors import DataError
 from qbrec.ranking.graphs import GRAPHS
 from qbrec.sequence.bonus import BONUS_FILE
+from qbrec.sequence.item_codes import ITEM_CODES
 from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore, write_atomic
 from qbrec.storage.id_table import GENERATION, IDS, numbered
 from qbrec.storage.token_table import MODALITY_CODES, SEMANTIC_IDS
@@ -37,7 +38,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "quantizer": (SEMANTIC_IDS, MODALITY_CODES, "codebooks.safetensors", "labels.json", "quality.json"),
     "neighbours": (GRAPHS,),
-    "finetune": ("encoder.safetensors", "encoder.json", BONUS_FILE),
+    "finetune": ("encoder.safetensors", "encoder.json", ITEM_CODES, BONUS_FILE),
     "evaluation": ("metrics.json", "ranks.parquet"),
 }
 # The same of every generation: generation-1, ids-1, generation-2, …

@@ -16,7 +16,8 @@ from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer, Scorer
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import batch_rows, contexts_and_targets, drawn_users
-from qbrec.sequence.recommender import SequenceRecommender
+from qbrec.sequence.item_codes import codes_read
+from qbrec.sequence.recommender import SequenceRecommender, load_encoder
 from qbrec.storage.artifact import Artifact, ArtifactWriter
 from qbrec.storage.catalog_view import CatalogView
 
@@ -103,14 +104,15 @@ def load_scorer(
     Args:
         finetune: Of fine-tuning, or its part of a bundle.
         neighbours: The item graphs that it was fine-tuned beside, if there are any.
-        semantic_ids: Codes of all items [N, L].
+        semantic_ids: Codes of all items [N, L], without item codes.
         chunk_items: Items scored at once.
         device: Where the encoder shall run.
 
     Raises:
         DataError: A file is damaged, or the artifacts do not belong together.
     """
-    encoder = SequenceRecommender.load(finetune, semantic_ids=semantic_ids, device=device)
-    scorer = FactorisedScorer(encoder, semantic_ids=semantic_ids, chunk_items=chunk_items)
+    codes = codes_read(finetune, semantic_ids)
+    encoder = SequenceRecommender(load_encoder(finetune).to(device), semantic_ids=codes, device=device)
+    scorer = FactorisedScorer(encoder, semantic_ids=codes, chunk_items=chunk_items)
     bonus = load_bonus(finetune, neighbours)
     return scorer if bonus is None else BonusScorer(scorer, bonus)

@@ -14,6 +14,7 @@ from qbrec.sequence.packing import HiddenCodes, PackedHistories, TokenLayout, to
 from qbrec.sequence.vocabulary import Vocabulary
 
 EMBEDDING_STD = 0.1
+ITEM_CODE_STD = 0.02
 
 
 class SequenceEncoder(nn.Module):
@@ -71,6 +72,12 @@ class SequenceEncoder(nn.Module):
         for linear in (self.item_projection, self.head[1]):
             assert isinstance(linear, nn.Linear)
             nn.init.eye_(linear.weight)
+
+    @torch.no_grad()
+    def start_small(self, level: int) -> None:
+        """Begin with hardly anything at a level whose codes mean nothing of themselves (`item_codes`)."""
+        first, end = self.vocabulary.starts[level : level + 2]
+        self.tokens.weight[first:end].mul_(ITEM_CODE_STD / EMBEDDING_STD)
 
     @torch.no_grad()
     def start_from_codebooks(self, codebooks: Sequence[torch.Tensor | None], *, first_level: int = 0) -> None:

@@ -33,7 +33,7 @@ class PackedRows:
     epoch: int
 
     def to(self, device: torch.device | str, id_table: torch.Tensor) -> PackedHistories:
-        """The batch on `device`, its codes gathered there from `id_table` (uint8 or int32 [N, L])."""
+        """The batch on `device`, its codes gathered there from `id_table` (any integer type [N, L])."""
         rows = self.rows.to(device, non_blocking=True)
         return PackedHistories(
             rows=rows,

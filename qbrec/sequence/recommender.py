@@ -14,6 +14,7 @@ from qbrec.config.stages import SequenceConfig
 from qbrec.engine.weights import load_weights, save_weights
 from qbrec.errors import DataError
 from qbrec.sequence.encoder import SequenceEncoder
+from qbrec.sequence.item_codes import codes_read
 from qbrec.sequence.packing import HiddenCodes, PackedHistories, pack
 from qbrec.sequence.tasks import id_table
 from qbrec.sequence.vocabulary import Vocabulary
@@ -55,10 +56,16 @@ class SequenceRecommender:
     ) -> SequenceRecommender:
         """From a `pretrain` or `finetune` artifact.
 
+        Args:
+            artifact: Weights, description, and who has an item code.
+            semantic_ids: Codes of all items, any integer type [N, L], without item codes.
+            device: Where the encoder shall run.
+
         Raises:
             DataError: The artifact is damaged, or its levels are not those of `semantic_ids`.
         """
-        return cls(load_encoder(artifact).to(device).eval(), semantic_ids=semantic_ids, device=device)
+        codes = codes_read(artifact, semantic_ids)
+        return cls(load_encoder(artifact).to(device).eval(), semantic_ids=codes, device=device)
 
     @torch.no_grad()
     def code_log_probs(self, histories: Ragged, domain: NDArray[Any] | int) -> torch.Tensor:

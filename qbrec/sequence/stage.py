@@ -22,6 +22,7 @@ from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import validation_metrics
 from qbrec.sequence.bonus import fit_bonus, save_bonus
 from qbrec.sequence.encoder import SequenceEncoder
+from qbrec.sequence.item_codes import ItemCodes
 from qbrec.sequence.recommender import SequenceRecommender, load_encoder, save_encoder
 from qbrec.sequence.tasks import HistoryCollate, MaskedTask
 from qbrec.sequence.vocabulary import Vocabulary
@@ -30,6 +31,8 @@ from qbrec.storage.catalog_view import CatalogView
 from qbrec.storage.token_table import CODEBOOKS, TokenTable, codebooks_file, token_table
 
 MONITOR = "ndcg@10"
+
+Start = tuple[SequenceEncoder, ItemCodes | None]  # an encoder, and who has an item code in it
 
 
 def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
@@ -41,7 +44,8 @@ def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
         inputs: `catalog` and `quantizer`.
 
     Returns:
-        `encoder.safetensors`, `encoder.json`, `curve.json`.
+        `encoder.safetensors`, `encoder.json`, `curve.json`, `item_codes.npy` where items have codes of their
+        own.
 
     Raises:
         DataError: An input is damaged, or there is no history to learn from.
@@ -52,7 +56,7 @@ def pretrain(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
         config,
         inputs,
         catalog=catalog,
-        module=_new_encoder(ctx, config, inputs, catalog=catalog),
+        start=_new_encoder(ctx, config, inputs, catalog=catalog),
         masks=config.sequence.masks,
         schedule=config.sequence.pretrain,
         prefix=config.sequence.pretrain_prefix,
@@ -74,22 +78,25 @@ def finetune(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifac
         inputs: `catalog`, `quantizer`, and `pretrain` and `neighbours` where the run has them.
 
     Returns:
-        `encoder.safetensors`, `encoder.json`, `curve.json`.
+        The files of `pretrain`, and `bonus.json` where there are item graphs.
 
     Raises:
         DataError: An input is damaged, or the target domain has no history to learn from.
     """
-    catalog = CatalogView(inputs["catalog"])
+    catalog, before = CatalogView(inputs["catalog"]), inputs.get("pretrain")
+    if before is not None:
+        start, schedule = (load_encoder(before), ItemCodes.load(before)), config.sequence.finetune
+    else:
+        start = _new_encoder(ctx, config, inputs, catalog=catalog)
+        schedule = from_scratch(config.sequence)
     return _run(
         ctx,
         config,
         inputs,
         catalog=catalog,
-        module=load_encoder(inputs["pretrain"])
-        if "pretrain" in inputs
-        else _new_encoder(ctx, config, inputs, catalog=catalog),
+        start=start,
         masks=config.sequence.finetune_masks,
-        schedule=config.sequence.finetune if "pretrain" in inputs else from_scratch(config.sequence),
+        schedule=schedule,
         prefix=config.sequence.finetune_prefix,
         domain=list(catalog.domains).index(config.data.target_domain),
     )
@@ -104,13 +111,18 @@ def from_scratch(sequence: SequenceConfig) -> TrainConfig:
 
 def _new_encoder(
     ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact], *, catalog: CatalogView
-) -> SequenceEncoder:
-    table = token_table(inputs["quantizer"])
+) -> Start:
+    table, sequence = token_table(inputs["quantizer"]), config.sequence
+    counts = np.asarray(catalog.train_counts)
+    own = ItemCodes.choose(counts, most=sequence.item_codes, least=sequence.item_code_interactions)
+    sizes = table.sizes if own is None else (*table.sizes, own.size)
     torch.manual_seed(ctx.sub_seed("sequence/init"))
-    module = SequenceEncoder(config.sequence, Vocabulary(table.sizes, tuple(catalog.domains)))
-    if config.sequence.codebook_start:
+    module = SequenceEncoder(sequence, Vocabulary(sizes, tuple(catalog.domains)))
+    if own is not None:
+        module.start_small(len(table.sizes))
+    if sequence.codebook_start:
         start_from_codebooks(module, inputs["quantizer"], table)
-    return module
+    return module, own
 
 
 def start_from_codebooks(module: SequenceEncoder, quantizer: Artifact, table: TokenTable) -> None:
@@ -138,13 +150,16 @@ def _run(
     inputs: Mapping[str, Artifact],
     *,
     catalog: CatalogView,
-    module: SequenceEncoder,
+    start: Start,
     masks: MaskConfig,
     schedule: TrainConfig,
     prefix: float,
     domain: int | None,
 ) -> Artifact:
+    module, own = start
     semantic_ids = token_table(inputs["quantizer"]).codes
+    if own is not None:
+        semantic_ids = own.beside(semantic_ids)
     seed = ctx.sub_seed(f"{ctx.stage}/masks")
     pool = np.flatnonzero(catalog.candidates(None if domain is None else catalog.domains[domain]))
     task = MaskedTask(
@@ -166,6 +181,7 @@ def _run(
         label=ctx.stage,
         evaluate=_evaluator(ctx, config, catalog, semantic_ids),
         monitor=MONITOR,
+        start_counts="pretrain" in inputs,
     )
     bonus = None
     if "neighbours" in inputs:
@@ -175,6 +191,8 @@ def _run(
     writer = ctx.writer()
     if ctx.is_main:
         save_encoder(writer, module)
+        if own is not None:
+            own.save(writer)
         if bonus is not None:
             save_bonus(writer, *bonus)
         writer.save_json("curve.json", result.curve)

@@ -156,6 +156,6 @@ class MaskedTask:
 
 
 def id_table(semantic_ids: NDArray[Any]) -> torch.Tensor:
-    """Semantic IDs as a tensor torch can index: uint8 where they fit, else int32; [N, L]."""
-    small = semantic_ids.dtype == np.uint8
-    return torch.from_numpy(np.array(semantic_ids, dtype=np.uint8 if small else np.int32))
+    """Semantic IDs as a tensor: unsigned of one or two bytes where they fit, else int32; [N, L]."""
+    small = semantic_ids.dtype in (np.uint8, np.uint16)
+    return torch.from_numpy(np.array(semantic_ids, dtype=semantic_ids.dtype if small else np.int32))

@@ -18,6 +18,7 @@ from qbrec.evaluation.stage import run as evaluate
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.sequence import stage
 from qbrec.sequence.encoder import SequenceEncoder
+from qbrec.sequence.item_codes import ItemCodes, codes_read
 from qbrec.sequence.masks import draw_masks
 from qbrec.sequence.packing import HiddenCodes, pack
 from qbrec.sequence.recommender import SequenceRecommender
@@ -63,9 +64,11 @@ def test_both_stages_leave_what_the_contract_names(trained: dict[str, Artifact])
         artifact.verify()
         description = artifact.load_json("encoder.json")
         assert description["domains"] == ["pets", "games"]
-        assert description["levels"] == [8, 8, 4]
+        own = ItemCodes.load(artifact)
+        assert own is not None
+        assert description["levels"] == [8, 8, 4, own.size]
         curve = artifact.load_json("curve.json")
-        assert [entry["epoch"] for entry in curve] == ([15, 30] if name == "pretrain" else [15])
+        assert [entry["epoch"] for entry in curve] == ([15, 30] if name == "pretrain" else [0, 15])
         assert artifact.meta["best"]["ndcg@10"] == max(entry["ndcg@10"] for entry in curve)
     assert trained["finetune"].inputs["pretrain"] == trained["pretrain"].fingerprint
     # Fine-tuning reads the target domain only, and no history of one item is ever trained on.
@@ -87,12 +90,33 @@ def test_without_pretraining_fine_tuning_starts_from_scratch(tmp_path: Path) -> 
 def test_the_walk_of_each_domain_is_learnt(trained: dict[str, Artifact]) -> None:
     semantic_ids = trained["quantizer"].load_npy("semantic_ids.npy")
     recommender = SequenceRecommender.load(trained["finetune"], semantic_ids=semantic_ids)
-    scorer = FactorisedScorer(recommender, semantic_ids=semantic_ids)
+    scorer = FactorisedScorer(recommender, semantic_ids=codes_read(trained["finetune"], semantic_ids))
     games = np.array([[(s - i) % ITEMS + ITEMS for i in range(4)] for s in range(ITEMS)])
     scores = scorer.scores(Ragged.from_lists(games.tolist()), 1)[:, ITEMS:]
     target = torch.from_numpy((games[:, -1] - 1 - ITEMS) % ITEMS + ITEMS)
     rank = (scores > scores[torch.arange(ITEMS), target - ITEMS][:, None]).sum(1)
     assert float((rank < 5).float().mean()) > 0.8
+
+
+def test_only_items_with_enough_interactions_have_a_code_of_their_own(trained: dict[str, Artifact]) -> None:
+    counts = np.asarray(CatalogView(trained["catalog"]).train_counts)
+    own = ItemCodes.load(trained["pretrain"])
+    assert own is not None
+    assert own.rows.tolist() == np.flatnonzero(counts >= 2).tolist()
+    after = ItemCodes.load(trained["finetune"])
+    assert after is not None
+    np.testing.assert_array_equal(after.rows, own.rows)
+
+
+def test_without_item_codes_the_encoder_reads_semantic_ids_alone(
+    trained: dict[str, Artifact], tmp_path: Path
+) -> None:
+    config = configuration(item_codes=0, pretrain={**TRAIN, "epochs": 1, "evaluate_every": 1})
+    inputs = {name: trained[name] for name in ("catalog", "quantizer")}
+    with process_group(config):
+        artifact = stage.pretrain(context(tmp_path, "pretrain", "5"), config, inputs)
+    assert artifact.load_json("encoder.json")["levels"] == list(LEVELS)
+    assert ItemCodes.load(artifact) is None
 
 
 def test_finetuning_starts_from_the_pretrained_weights(trained: dict[str, Artifact]) -> None:
@@ -209,7 +233,7 @@ def test_training_and_ranking_read_all_codes(
     trained: dict[str, Artifact], several: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = {"catalog": trained["catalog"], "quantizer": several}
-    config = configuration(pretrain={**TRAIN, "epochs": 1, "evaluate_every": 1})
+    config = configuration(item_codes=0, pretrain={**TRAIN, "epochs": 1, "evaluate_every": 1})
     with process_group(config):
         artifact = stage.pretrain(context(tmp_path, "pretrain", "7"), config, inputs)
     table = token_table(several)
@@ -226,7 +250,8 @@ def test_training_and_ranking_read_all_codes(
     monkeypatch.setattr(CatalogView, "near_duplicate_group", property(lambda self: np.arange(2 * ITEMS)))
     evaluation = evaluate(context(tmp_path, "evaluation", "6"), config, {**inputs, "finetune": artifact})
     assert "qbrec" in evaluation.load_json("metrics.json")["models"]
-    config = configuration(codebook_start=False, pretrain={**TRAIN, "epochs": 1, "evaluate_every": 1})
+    short = {**TRAIN, "epochs": 1, "evaluate_every": 1}
+    config = configuration(item_codes=0, codebook_start=False, pretrain=short)
     with process_group(config):
         other = stage.pretrain(context(tmp_path, "pretrain", "8"), config, inputs)
     ours, theirs = (a.load_safetensors("encoder.safetensors")["tokens.weight"] for a in (artifact, other))
