@@ -155,13 +155,13 @@ class SequenceConfig(Section):
     width: Positive = 64
     layers: Positive = 2
     heads: Positive = 2
-    dropout: Fraction = 0.2
+    dropout: Fraction = 0.3
     max_items: Positive = 50  # the last H items of a history
     position: Literal["learned", "rotary"] = "learned"
-    # Items that have a code of their own beside their semantic ID: so many, those with most interactions in
-    # training and at least so many of them; 0: none.
+    # Catalogues of up to so many items give each a code of its own beside its semantic ID: a level that
+    # large ones can do without, and whose bounds would slow exact search down. 0: none do.
     item_codes: Count = 32_768
-    item_code_interactions: Positive = 2
+    item_code_interactions: Positive = 4  # in training; items with fewer share one code
     codebook_start: bool = True  # code embeddings start from the quantizer's codebooks, not at random
     # Softmax over items against those over codes; 0: codes only.
     item_weight: float = Field(default=1.0, ge=0)
@@ -176,10 +176,10 @@ class SequenceConfig(Section):
     finetune_prefix: Fraction = 0.7
     validation_users: Count = 10_000  # users scored by every evaluation while training; 0: all
     pretrain: TrainConfig = TrainConfig(
-        epochs=20, batch_size=128, micro_batch=64, learning_rate=2e-3, evaluate_every=2, patience=3
+        epochs=20, batch_size=128, micro_batch=64, learning_rate=2e-3, evaluate_every=2, patience=5
     )
     finetune: TrainConfig = TrainConfig(
-        epochs=10, batch_size=128, micro_batch=64, learning_rate=5e-4, patience=3
+        epochs=10, batch_size=128, micro_batch=64, learning_rate=2e-4, patience=3
     )
 
     @model_validator(mode="after")

@@ -219,8 +219,8 @@ def history_rate(train: TrainConfig, scenario: Scenario, *, seconds: float) -> f
 
 def read_levels(config: RootConfig, scenario: Scenario, resolved: Resolved) -> tuple[int, ...]:
     """Codes per level that the encoder reads: those of the semantic ID, then the item codes, if any."""
-    own = min(config.sequence.item_codes, scenario.items)
-    return (*resolved.levels, own + 1) if own else resolved.levels
+    some = scenario.items <= config.sequence.item_codes
+    return (*resolved.levels, scenario.items + 1) if some else resolved.levels
 
 
 def _ranking(memory: RankMemory, config: RootConfig, scenario: Scenario, levels: tuple[int, ...]) -> None:
@@ -229,7 +229,7 @@ def _ranking(memory: RankMemory, config: RootConfig, scenario: Scenario, levels:
     kind = code_dtype(levels)
     narrow = items * depth * (kind.itemsize if kind.itemsize <= 2 else FLOAT)
     memory.device.keep("id table", narrow)
-    if config.sequence.item_codes:
+    if items <= config.sequence.item_codes:
         memory.host.keep("codes and item codes", kind.itemsize * items * depth)
     memory.device.during("evaluation", "id table of the scorer", narrow + FLOAT * items * depth)
     memory.host.during("evaluation", "codes of the scorer", FLOAT * items * depth)

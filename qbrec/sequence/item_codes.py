@@ -1,7 +1,7 @@
 """A level below the semantic ID: what the encoder may learn of single items, beyond what their IDs say.
 
-The items with most interactions have a code of their own there; all others, and items that are appended
-later, share one. An ID generalises, an item's own code remembers. It is a level like any other: masks,
+Items with enough interactions have a code of their own there; all others, and items that are appended later,
+share one. An ID generalises, an item's own code remembers. It is a level like any other: masks,
 losses, exact search and beams need to know nothing of it. (Ours, beyond the paper.)
 """
 
@@ -29,20 +29,19 @@ class ItemCodes:
     rows: NDArray[np.int64]
 
     @classmethod
-    def choose(cls, interactions: NDArray[np.int64], *, most: int, least: int) -> ItemCodes | None:
-        """The items with most interactions, of equal ones the lower rows.
+    def choose(cls, interactions: NDArray[np.int64], *, largest: int, least: int) -> ItemCodes | None:
+        """The items that have enough interactions to learn from.
 
         Args:
             interactions: Of each item in the training part, [N].
-            most: Items chosen at most.
-            least: Interactions that an item must have: of fewer nothing can be learned.
+            largest: Items of the largest catalogue in which anybody has a code.
+            least: Interactions that an item must have.
 
         Returns:
             None where nobody is chosen.
         """
-        rows = np.argsort(-np.asarray(interactions), kind="stable")[:most]
-        rows = np.sort(rows[interactions[rows] >= least])
-        return cls(rows) if len(rows) else None
+        rows = np.flatnonzero(interactions >= least)
+        return cls(rows) if len(rows) and len(interactions) <= largest else None
 
     @property
     def size(self) -> int:

@@ -114,7 +114,7 @@ def _new_encoder(
 ) -> Start:
     table, sequence = token_table(inputs["quantizer"]), config.sequence
     counts = np.asarray(catalog.train_counts)
-    own = ItemCodes.choose(counts, most=sequence.item_codes, least=sequence.item_code_interactions)
+    own = ItemCodes.choose(counts, largest=sequence.item_codes, least=sequence.item_code_interactions)
     sizes = table.sizes if own is None else (*table.sizes, own.size)
     torch.manual_seed(ctx.sub_seed("sequence/init"))
     module = SequenceEncoder(sequence, Vocabulary(sizes, tuple(catalog.domains)))

@@ -13,10 +13,9 @@ from qbrec.storage.artifact import ArtifactStore
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(0, 50), st.integers(1, 5))
-def test_those_with_most_interactions_are_chosen(counts: list[int], most: int, least: int) -> None:
-    own = ItemCodes.choose(np.array(counts), most=most, least=least)
-    ranked = sorted(range(len(counts)), key=lambda row: (-counts[row], row))[:most]
-    expected = sorted(row for row in ranked if counts[row] >= least)
+def test_those_with_enough_interactions_are_chosen(counts: list[int], largest: int, least: int) -> None:
+    own = ItemCodes.choose(np.array(counts), largest=largest, least=least)
+    expected = [row for row, count in enumerate(counts) if count >= least and len(counts) <= largest]
     assert (own.rows.tolist() if own is not None else []) == expected
 
 

@@ -102,7 +102,7 @@ def test_only_items_with_enough_interactions_have_a_code_of_their_own(trained: d
     counts = np.asarray(CatalogView(trained["catalog"]).train_counts)
     own = ItemCodes.load(trained["pretrain"])
     assert own is not None
-    assert own.rows.tolist() == np.flatnonzero(counts >= 2).tolist()
+    assert own.rows.tolist() == np.flatnonzero(counts >= 4).tolist()
     after = ItemCodes.load(trained["finetune"])
     assert after is not None
     np.testing.assert_array_equal(after.rows, own.rows)
