@@ -281,9 +281,7 @@ class Recommender:
                 if near
                 else "use item ids of the catalogue that was trained on, or appended to it",
             )
-        old = rows < self._catalog.base.num_items
-        rows[old] = self._catalog.base.representatives(rows[old])
-        return rows
+        return self._catalog.representatives(rows)
 
     def _nearest(self, unknown: str) -> list[str]:
         """Up to three known ids that look like it; in large catalogues among those of the same beginning."""

@@ -156,8 +156,7 @@ def catalog(with_paths: bool = True) -> SimpleNamespace:
     return SimpleNamespace(
         display=lambda rows: table.take(pa.array(rows)),
         lookup=lambda ids, domain: [names.get(item, -1) for item in ids],
-        # The second item is a listing of the first.
-        base=SimpleNamespace(num_items=4, representatives=lambda rows: np.where(rows == 1, 0, rows)),
+        representatives=lambda rows: np.where(rows == 1, 0, rows),  # the second is a listing of the first
     )
 
 
@@ -174,9 +173,8 @@ def recommender(scorer: str = "factorised") -> Recommender:
     view.domain_number = lambda domain: 0
     view.candidates = lambda domain: rows % 5 > 0
     view.item_ids = view.titles = lambda rows: [f"i{n}" for n in rows]
-    view.base = SimpleNamespace(
-        num_items=NUM_ITEMS, train_counts=np.argsort(TIES)[::-1], representatives=lambda rows: rows
-    )
+    view.representatives = lambda rows: rows
+    view.base = SimpleNamespace(num_items=NUM_ITEMS, train_counts=np.argsort(TIES)[::-1])
     return Recommender(
         catalog=view,
         semantic_ids=CODES,
