@@ -14,7 +14,7 @@ import torch
 
 from qbrec.ranking.code_index import CodeIndex
 from qbrec.ranking.kernels import native_kernels
-from qbrec.ranking.rescore import PairBonus, checked_bonus
+from qbrec.ranking.rescore import PairBonus, add_bonus, checked_bonus
 from qbrec.ranking.tables import Floats, Ints, Tables, extreme, in_lanes, spread, user_chunks
 from qbrec.ranking.topk import ranks_both
 from qbrec.ranking.validate import batch_rows
@@ -131,12 +131,7 @@ def _dense(
     for begin, end in user_chunks(len(target), batch_rows(len(target), index.num_items)):
         scores = index.dense.scores_of(log_probs[begin:end])
         if bonus is not None:
-            part = bonus[begin:end].tocoo()
-            places = (
-                torch.from_numpy(part.row.astype(np.int64)),
-                torch.from_numpy(part.col.astype(np.int64)),
-            )
-            scores[tuple(p.to(scores.device) for p in places)] += torch.from_numpy(part.data).to(scores)
+            add_bonus(scores, bonus[begin:end])
         kept[begin:end], removed[begin:end] = ranks_both(
             scores,
             target[begin:end],

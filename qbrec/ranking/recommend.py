@@ -16,7 +16,7 @@ from qbrec.ranking.bonus import Bonus, BonusScorer
 from qbrec.ranking.code_index import CodeIndex
 from qbrec.ranking.exact import exact_top_k
 from qbrec.ranking.rank_of import exact_ranks
-from qbrec.ranking.rescore import rescored, without
+from qbrec.ranking.rescore import PairBonus, best_pairs, competes, rescored
 from qbrec.ranking.scorer import CodeScorer, Domain, FactorisedScorer, PrefixScorer, Scorer
 from qbrec.ranking.topk import check_k, ranks_both, top_k
 from qbrec.storage.ragged import Ragged
@@ -169,28 +169,21 @@ class Ranker:
         rows, scores = BeamSearch(index, beam=width).search(model, histories, domain, k, exclude=exclude)
         if bonus is None:
             return rows, scores
-        candidates = largest(_reachable(bonus, index, exclude), width)
-        users = np.repeat(np.arange(len(histories)), width)
-        asked = np.where(candidates < 0, 0, candidates)
-        sums = prefix_sums(
-            model, histories, domain, index.semantic_ids[asked.ravel()].reshape(*asked.shape, -1)
-        )
-        kept = candidates.ravel() >= 0
+        pairs = PairBonus(bonus, index.num_items)
+        # Items that may not be returned must not take the place of others among the candidates.
+        kept = competes(pairs.users, rows=pairs.rows, index=index, exclude=exclude)
+        candidates, _ = best_pairs(
+            pairs.users[kept], rows=pairs.rows[kept], values=pairs.values[kept], ties=pairs.rows[kept],
+            k=width, batch=len(histories),
+        )  # fmt: skip
+        there = candidates >= 0
+        codes = index.semantic_ids[np.where(there, candidates, 0)]
+        sums = prefix_sums(model, histories, domain, codes).cpu().numpy()
         best, values = rescored(
-            (users[kept], candidates.ravel()[kept], sums.cpu().numpy().ravel()[kept]),
+            (np.nonzero(there)[0], candidates[there], sums[there]),
             rows.cpu().numpy(), scores.cpu().numpy(), index=index, exclude=exclude, bonus=bonus,
         )  # fmt: skip
         return torch.from_numpy(best).to(rows.device), torch.from_numpy(values).to(rows.device)
-
-
-def _reachable(bonus: sp.csr_matrix, index: CodeIndex, exclude: Ragged | None) -> sp.csr_matrix:
-    """The bonus of items that may be returned: others must not take their place among the candidates."""
-    entries = bonus.tocoo()
-    kept = without(entries.row.astype(np.int64), entries.col.astype(np.int64), exclude, index.num_items)
-    if index.allowed is not None:
-        kept &= index.allowed[entries.col]
-    part = (entries.data[kept], (entries.row[kept], entries.col[kept]))
-    return type(bonus)(part, shape=bonus.shape)
 
 
 @dataclass(frozen=True)
@@ -219,14 +212,3 @@ class Allowed:
 
     def __init__(self, mask: NDArray[np.bool_], index: CodeIndex | None) -> None:
         self.mask, self.index, self.count = mask, index, int(mask.sum())
-
-
-def largest(bonus: sp.csr_matrix, count: int) -> NDArray[np.int64]:
-    """Rows of each history's largest bonuses, of equal ones the lower rows, int64 [B, count]; -1: fewer."""
-    users = np.repeat(np.arange(bonus.shape[0]), np.diff(bonus.indptr))
-    order = np.lexsort((bonus.indices, -bonus.data, users))
-    rank = np.arange(len(users)) - bonus.indptr[users]  # `order` keeps users together
-    out = np.full((bonus.shape[0], count), -1, np.int64)
-    top = rank < count
-    out[users[top], rank[top]] = bonus.indices[order][top]
-    return out

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qbrec.config.stages import RankingConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.ranking import AutoregressiveScorer, FactorisedScorer, tie_rank, top_k
 from qbrec.ranking.bonus import BonusScorer
-from qbrec.ranking.recommend import Ranker, largest
+from qbrec.ranking.recommend import Ranker
+from qbrec.ranking.rescore import best_pairs
 from qbrec.ranking.topk import ranks_both
 from qbrec.registry.filters import in_categories, read_ids, with_ids
 from qbrec.registry.recommend import Recommender
@@ -138,9 +141,24 @@ def test_k_outside_the_catalogue(scorer: str) -> None:
         ranker(scorer, bonus=False).top_k(HISTORIES, 0, 121)
 
 
-def test_largest_bonuses() -> None:
-    bonus = sp.csr_matrix(np.array([[0, 2, 0, 2, 3], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], np.float32))
-    assert largest(bonus, 2).tolist() == [[4, 1], [-1, -1], [0, -1]]
+@given(
+    st.dictionaries(
+        st.tuples(st.integers(0, 3), st.integers(0, 9)),
+        st.sampled_from([-np.inf, -1.0, 0.5, 2.0]),
+        max_size=30,
+    ),
+    st.integers(1, 8),
+)
+def test_best_of_explicit_pairs(pairs: dict[tuple[int, int], float], k: int) -> None:
+    ties = np.array([3, 9, 1, 0, 7, 2, 8, 4, 6, 5])
+    users, rows = np.array(list(pairs), np.int64).reshape(-1, 2).T
+    values = np.array(list(pairs.values()), np.float32)
+    best, worth = best_pairs(users, rows=rows, values=values, ties=ties[rows], k=k, batch=4)
+    for user in range(4):
+        mine = sorted((-value, ties[row], row) for (owner, row), value in pairs.items() if owner == user)[:k]
+        fewer = k - len(mine)
+        assert best[user].tolist() == [row for _, _, row in mine] + [-1] * fewer
+        assert worth[user].tolist() == [-value for value, _, _ in mine] + [-np.inf] * fewer
 
 
 def catalog(with_paths: bool = True) -> SimpleNamespace:
