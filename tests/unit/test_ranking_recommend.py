@@ -67,6 +67,15 @@ def ranker(scorer: str, *, bonus: bool, beam: int = 1000) -> Ranker:
     return Ranker(BonusScorer(base, Extra()) if bonus else base, tie_rank=TIES, config=config)  # type: ignore[arg-type]
 
 
+def dense_scores(ours: Ranker) -> torch.Tensor:
+    if ours.config.scorer == "factorised":
+        return ours.scorer.scores(HISTORIES, 0)
+    scores = AutoregressiveScorer(Model(), index=ours.index).scores(HISTORIES, 0)
+    if ours.bonus is not None:
+        scores[:, : NUM_ITEMS - 10] += torch.from_numpy(ours.bonus(HISTORIES).toarray())
+    return scores
+
+
 @pytest.mark.parametrize("scorer", ["factorised", "autoregressive"])
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("filtered", [False, True])
@@ -74,11 +83,7 @@ def ranker(scorer: str, *, bonus: bool, beam: int = 1000) -> Ranker:
 def test_equals_dense_scores(scorer: str, bonus: bool, filtered: bool, k: int) -> None:
     """A beam of all prefixes and all candidates is exact as well."""
     ours = ranker(scorer, bonus=bonus)
-    dense = ours.scorer.scores(HISTORIES, 0)
-    if scorer == "autoregressive":
-        dense = AutoregressiveScorer(Model(), index=ours.index).scores(HISTORIES, 0)
-        if bonus:
-            dense[:, : NUM_ITEMS - 10] += torch.from_numpy(Extra()(HISTORIES).toarray())
+    dense = dense_scores(ours)
     rows, scores = ours.top_k(
         HISTORIES, 0, k, exclude=HISTORIES, among=ours.only(ALLOWED) if filtered else None
     )
@@ -92,11 +97,7 @@ def test_equals_dense_scores(scorer: str, bonus: bool, filtered: bool, k: int) -
 @pytest.mark.parametrize("filtered", [False, True])
 def test_targets_stand_where_dense_scores_put_them(scorer: str, bonus: bool, filtered: bool) -> None:
     ours = ranker(scorer, bonus=bonus)
-    dense = ours.scorer.scores(HISTORIES, 0)
-    if scorer == "autoregressive":
-        dense = AutoregressiveScorer(Model(), index=ours.index).scores(HISTORIES, 0)
-        if bonus:
-            dense[:, : NUM_ITEMS - 10] += torch.from_numpy(Extra()(HISTORIES).toarray())
+    dense = dense_scores(ours)
     mask = ALLOWED if filtered else None
     among = ours.only(ALLOWED) if filtered else None
     for targets in (np.array([7, 14, 119, 9]), np.array([0, 1, 2, 3])):  # 9 was seen, 0 is not allowed
