@@ -3,7 +3,7 @@
 Layout (a cell is `{"mean", "low", "high"}` with the ends of a 95 % bootstrap interval over users; mode is
 `removed` or `kept`, for seen items; metric is one of `ranking.METRICS`):
 
-    protocol   {"domain", "split", "num_users", "num_candidates", "duplicate_share", "bootstrap",
+    protocol   {"domain", "split", "num_users", "num_candidates", "seeds", "duplicate_share", "bootstrap",
                "confidence"}; duplicate_share: of the users, with a near-duplicate of their target in the
                history
     models     {model: {mode: {metric: cell}}}
@@ -28,7 +28,7 @@ from qbrec.evaluation.protocol import ModelRanks
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 
 MODEL = "qbrec"
-IDS_ALONE = "qbrec_ids"  # the same model without the co-occurrence bonus, where it has one
+IDS_ALONE = "qbrec_ids"  # the same model without the bonus of item graphs, where it has one
 MODES = ("removed", "kept")
 
 Table = dict[str, dict[str, dict[str, Cell]]]
