@@ -25,7 +25,7 @@ def rescored(
     *,
     index: CodeIndex,
     exclude: Ragged | None,
-    bonus: sp.csr_matrix,
+    bonus: PairBonus,
 ) -> tuple[Ints, Floats]:
     """Top-k with a bonus among the best without it and explicit candidates.
 
@@ -35,7 +35,7 @@ def rescored(
         scores: Their scores, float32 [B, k].
         index: Items that may be returned.
         exclude: Items taken out per user, B ragged rows.
-        bonus: CSR [B, <= N].
+        bonus: Of all pairs that have one.
 
     Returns:
         rows int64 [B, k] and scores float32 [B, k].
@@ -49,7 +49,7 @@ def rescored(
     values = np.concatenate([values[kept], scores[first, place]])
     keys, found = np.unique(keys, return_index=True)
     users, rows = np.divmod(keys, index.num_items)
-    values = values[found] + PairBonus(bonus, index.num_items).of(users, rows)
+    values = values[found] + bonus.of(users, rows)
     if np.isnan(values).any():
         raise not_a_number()
     return best_pairs(users, rows=rows, values=values, ties=index.trie.ties[rows], k=k, batch=batch)
