@@ -14,19 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from made_up import write_histories
 from torch import nn
 
 from qbrec.config import RootConfig, parse_config
 from qbrec.config.stages import TrainConfig
 from qbrec.engine.context import StageContext
+from qbrec.engine.history_loader import history_loader
 from qbrec.engine.schedule import schedule
 from qbrec.engine.train import train as engine_train
 from qbrec.engine.worker import join_group, leave_group
 from qbrec.sequence.packing import PackedRows
-from qbrec.sequence.stage import history_loader
 from qbrec.sequence.tasks import HistoryCollate, MaskedTask
 from qbrec.storage.artifact import Artifact, ArtifactStore
-from qbrec.storage.blocks import BlockTarWriter, write_block_index
 from qbrec.storage.catalog_view import CatalogView
 
 CPU = torch.device("cpu")
@@ -145,25 +145,12 @@ def compare_engines(task: MaskedTask, batches: list[PackedRows], *, rounds: int)
     return overhead
 
 
-def write_histories(store: ArtifactStore, lengths: np.ndarray, *, num_items: int) -> Artifact:
+def histories_artifact(store: ArtifactStore, lengths: np.ndarray, *, num_items: int) -> Artifact:
     """An artifact with histories whose training parts have these lengths."""
-    rng, whole = np.random.default_rng(3), lengths + 2  # one item for validation, one for test
     writer = store.writer("catalog", "c" * 64)
     writer.prepare()
-    tar = BlockTarWriter(writer.path, prefix="histories")
-    for begin in range(0, len(whole), BLOCK):
-        part = whole[begin : begin + BLOCK]
-        rows = rng.integers(0, num_items, part.sum())
-        fields = {
-            "user": np.arange(begin, begin + len(part)),
-            "domain": np.zeros(len(part), np.uint8),
-            "offset": np.concatenate([[0], np.cumsum(part)]),
-            "row": rows,
-            "time": rows,
-            "cut": (part[:, None] - [2, 1]).astype(np.int32),
-        }
-        tar.add(fields, len(part))
-    write_block_index(writer.path / "blocks.histories.npy", [tar.close()])
+    rng = np.random.default_rng(3)
+    write_histories(writer.path, lengths + 2, num_items=num_items, block=BLOCK, rng=rng)
     return writer.commit(meta={"num_items": num_items, "domains": ["shop"]}, inputs={}, config={}, seed=0)
 
 
@@ -176,7 +163,7 @@ def data_wait(
     shares, firsts = [], []
     with tempfile.TemporaryDirectory() as folder:
         store = ArtifactStore(folder)
-        catalog = CatalogView(write_histories(store, lengths, num_items=num_items))
+        catalog = CatalogView(histories_artifact(store, lengths, num_items=num_items))
         ctx = StageContext.local(store, folder, stage="encoder")
         collate = HistoryCollate(max_items=max_items, seed=0, prefix=0.5)
         loader = history_loader(ctx, catalog, train, collate=collate, domain=None)

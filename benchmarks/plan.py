@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from made_up import write_histories
 
 from qbrec.config import RootConfig, parse_config
 from qbrec.plan.plan import Plan, make_plan
@@ -118,22 +119,7 @@ def make_inputs(root: Path, *, items: int, users: int, seed: int = 0) -> tuple[d
         tar.add(fields, len(rows))
     write_block_index(writer.path / "blocks.items.npy", [tar.close()])
     lengths = 3 + rng.geometric(1 / (INTERACTIONS - 2), users) - 1
-    tar = BlockTarWriter(writer.path, prefix="histories")
-    trained = np.zeros(items, np.int64)
-    for begin in range(0, users, BLOCK):
-        part = lengths[begin : begin + BLOCK]
-        rows = rng.integers(0, items, int(part.sum()))
-        trained += np.bincount(rows, minlength=items)
-        fields = {
-            "user": np.arange(begin, begin + len(part)),
-            "domain": np.zeros(len(part), np.uint8),
-            "offset": np.concatenate([[0], np.cumsum(part)]),
-            "row": rows,
-            "time": rows,
-            "cut": np.stack([part - 2, part - 1], axis=1).astype(np.int32),
-        }
-        tar.add(fields, len(part))
-    write_block_index(writer.path / "blocks.histories.npy", [tar.close()])
+    trained = write_histories(writer.path, lengths, num_items=items, block=BLOCK, rng=rng)
     writer.save_npy("train_counts.npy", trained)
     writer.save_npy("item_domain.npy", np.zeros(items, np.uint8))
     statistics = {f"mean.{name}": torch.zeros(dim) for name, (dim, _) in DIMS.items()}

@@ -23,10 +23,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from kmeans import make_vectors
 
-from qbrec.quantizer.collisions import next_nearest
+from qbrec.quantizer.collisions import Resolution, next_nearest
 from qbrec.quantizer.kmeans.chunks import Alone, Shard
 from qbrec.quantizer.packing import bucket_order, code_dtype, pack
-from qbrec.quantizer.rvq import encode, fit_levels, residual_before
+from qbrec.quantizer.rvq import Codebooks, encode, fit_levels, residual_before
 
 WIDTH, ITERATIONS, CHUNK = 64, 10, 250_000
 
@@ -38,6 +38,21 @@ def vectors(items: int) -> torch.Tensor:
         stop = min(start + CHUNK, items)
         out[start:stop] = torch.from_numpy(make_vectors(stop - start, width=WIDTH, seed=1, part=start))
     return out
+
+
+def without_collisions(
+    x: torch.Tensor, codes: np.ndarray, sizes: tuple[int, ...], *, books: Codebooks, popularity: np.ndarray
+) -> Resolution:
+    """Every item on a semantic ID of its own, from codes [N, L] of vectors [N, D]."""
+    return next_nearest(
+        codes,
+        sizes,
+        group=np.arange(len(x)),
+        popularity=popularity,
+        capacity=1,
+        last_level=books.levels[-1],
+        residuals=lambda rows: residual_before(len(sizes) - 1, x[torch.from_numpy(rows)], codes[rows], books),
+    )
 
 
 def main() -> None:
@@ -67,15 +82,7 @@ def main() -> None:
     lap("encode_s")
     popularity = np.random.default_rng(0).zipf(1.5, len(x)).clip(max=1_000_000)
     began = time.perf_counter()
-    resolution = next_nearest(
-        codes,
-        sizes,
-        group=np.arange(len(x)),
-        popularity=popularity,
-        capacity=1,
-        last_level=books.levels[-1],
-        residuals=lambda rows: residual_before(len(sizes) - 1, x[torch.from_numpy(rows)], codes[rows], books),
-    )
+    resolution = without_collisions(x, codes, sizes, books=books, popularity=popularity)
     lap("collisions_s")
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/semantic_ids.npy", resolution.codes)

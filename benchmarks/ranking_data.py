@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from quantizer_scale import without_collisions
 
 from qbrec.config.stages import MaskConfig, SequenceConfig
 from qbrec.engine.candidates import Candidates
-from qbrec.quantizer.collisions import next_nearest
 from qbrec.quantizer.kmeans.chunks import Alone, Shard
 from qbrec.quantizer.packing import code_dtype
-from qbrec.quantizer.rvq import encode, fit_levels, residual_before
+from qbrec.quantizer.rvq import encode, fit_levels
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.packing import pack
 from qbrec.sequence.tasks import MaskedTask
@@ -92,15 +92,7 @@ def _semantic_ids(x: torch.Tensor, sizes: tuple[int, ...], popularity: np.ndarra
     for begin in range(0, len(x), CHUNK):
         codes[begin : begin + CHUNK] = encode(x[begin : begin + CHUNK], books).numpy()
     print(f"encoded after {time.perf_counter() - began:.0f} s", flush=True)
-    resolution = next_nearest(
-        codes,
-        sizes,
-        group=np.arange(len(x)),
-        popularity=popularity,
-        capacity=1,
-        last_level=books.levels[-1],
-        residuals=lambda rows: residual_before(len(sizes) - 1, x[torch.from_numpy(rows)], codes[rows], books),
-    )
+    resolution = without_collisions(x, codes, sizes, books=books, popularity=popularity)
     print(f"{resolution.moved:,} moved after {time.perf_counter() - began:.0f} s", flush=True)
     return resolution.codes
 

@@ -13,6 +13,7 @@ from qbrec.config import RootConfig
 from qbrec.storage.artifact import Artifact, artifact_key
 
 CATALOG = "catalog"
+BASELINES = ("sasrec", "bert4rec")  # those that are trained
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,11 @@ STAGES: dict[str, Stage] = {
             (CATALOG, "quantizer", "pretrain", "neighbours"),
             _finetune,
         ),
-        _baseline("sasrec"),
-        _baseline("bert4rec"),
+        *map(_baseline, BASELINES),
         Stage(
             "evaluation",
             "qbrec.evaluation.stage:run",
-            (CATALOG, "quantizer", "neighbours", "finetune", "sasrec", "bert4rec"),
+            (CATALOG, "quantizer", "neighbours", "finetune", *BASELINES),
             _evaluation,
             every_seed=True,
         ),

@@ -121,9 +121,7 @@ class ItemNumbers:
         """Histories in these numbers; rows of other domains and rows that do not exist are left out."""
         values = np.asarray(histories.values, np.int64)
         place = np.searchsorted(self.rows, values).clip(max=len(self.rows) - 1)
-        known = self.rows[place] == values
-        lengths = np.bincount(histories.row_ids[known], minlength=len(histories))
-        return Ragged.from_lengths(place[known], lengths)
+        return Ragged(place, histories.offsets).where(self.rows[place] == values)
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,7 @@ class ItemScorer:
         """float32 [B, n] of histories of item numbers, 1 to H long."""
         module = self.module
         if not module.causal:
-            asked = np.insert(histories.values, histories.offsets[1:], module.num_items)
-            histories = Ragged.from_lengths(asked, histories.lengths + 1)
+            histories = histories.followed_by(module.num_items)
         packed, order = pack_items(histories)
         batch = packed.to(self.device)
         scores = module.scores(module.states(batch, batch.ends - 1))

@@ -29,7 +29,7 @@ from qbrec.baselines.sparse import SparseRace
 from qbrec.ranking.cooccurrence import co_occurrence, recency
 from qbrec.ranking.scorer import Domain
 from qbrec.ranking.topk import tie_rank
-from qbrec.ranking.validate import HistoriesLike, contexts_and_targets, validation_users
+from qbrec.ranking.validate import HistoriesLike, contexts_and_targets, drawn_users
 from qbrec.storage.ragged import Ragged
 
 ALPHAS = (0.1, 0.2, 0.3, 0.5)
@@ -86,9 +86,7 @@ class ItemKNN:
         Returns:
             A new ItemKNN; this one's settings where no user has a validation target.
         """
-        users = validation_users(histories)
-        if len(users) > TUNING_USERS:
-            users = np.sort(np.random.default_rng(seed).choice(users, TUNING_USERS, replace=False))
+        users = drawn_users(histories, max_users=TUNING_USERS, seed=seed)
         if not len(users):
             return self
         places = tie_rank(self.counts)

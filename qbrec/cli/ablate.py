@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qbrec.cli.options import run_options
-from qbrec.cli.seeds import train_further_seeds
+from qbrec.cli.seeds import seeded_pipeline
 from qbrec.config.ablations import FULL, VARIANTS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def ablate(config_path: str | None, overrides: tuple[str, ...], resume: str, onl
     from qbrec.config import load_config
     from qbrec.errors import ConfigError, GateError
     from qbrec.evaluation.ablation import compare, format_ablation
-    from qbrec.pipeline import Pipeline, say
+    from qbrec.pipeline import say
     from qbrec.run_record import run_directory
     from qbrec.storage.artifact import write_atomic
 
@@ -60,8 +60,7 @@ def ablate(config_path: str | None, overrides: tuple[str, ...], resume: str, onl
             say("left out: the items have no text")
             continue
         try:
-            further = train_further_seeds(config, resume=resume)
-            with Pipeline(config, resume="auto" if further else resume, given=further) as pipeline:
+            with seeded_pipeline(config, resume=resume) as pipeline:
                 evaluations[variant] = pipeline.up_to("evaluation")
                 main = pipeline.is_main
         except GateError as error:

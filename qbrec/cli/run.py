@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from qbrec.cli.options import run_options
-from qbrec.cli.seeds import train_further_seeds
+from qbrec.cli.seeds import seeded_pipeline
 
 
 @click.command()
@@ -27,11 +27,9 @@ def run(config_path: str | None, overrides: tuple[str, ...], resume: str) -> Non
     """
     from qbrec.config import load_config
     from qbrec.errors import QbrecError, RegistryError
-    from qbrec.pipeline import Pipeline
 
     config = load_config(config_path, overrides=overrides)
-    further = train_further_seeds(config, resume=resume)
-    with Pipeline(config, resume="auto" if further else resume, given=further) as pipeline:
+    with seeded_pipeline(config, resume=resume) as pipeline:
         evaluation = pipeline.up_to("evaluation")
         if not pipeline.is_main:
             return

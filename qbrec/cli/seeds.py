@@ -6,10 +6,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qbrec.config import RootConfig
+    from qbrec.pipeline import Pipeline
     from qbrec.storage.artifact import Artifact
 
 
-def train_further_seeds(config: RootConfig, *, resume: str) -> dict[str, Artifact]:
+def seeded_pipeline(config: RootConfig, *, resume: str) -> Pipeline:
+    """The pipeline of a run that is to be evaluated, the models of its further seeds trained and given."""
+    from qbrec.pipeline import Pipeline
+
+    further = _train_further_seeds(config, resume=resume)
+    # `never` and `must` were asked of the run when its catalogue was made for the further seeds.
+    return Pipeline(config, resume="auto" if further else resume, given=further)
+
+
+def _train_further_seeds(config: RootConfig, *, resume: str) -> dict[str, Artifact]:
     """Train `evaluation.seeds` - 1 further models on the run's own catalogue.
 
     Each is a run of its own, `<run.name>-seed-<seed>`; one that was cut off goes on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from qbrec.cli.options import run_options
-from qbrec.cli.seeds import train_further_seeds
+from qbrec.cli.seeds import seeded_pipeline
 
 
 def _command(name: str, *, stage: str, what: str) -> click.Command:
@@ -21,8 +21,8 @@ def _command(name: str, *, stage: str, what: str) -> click.Command:
         from qbrec.pipeline import Pipeline
 
         config = load_config(config_path, overrides=overrides)
-        further = train_further_seeds(config, resume=resume) if stage == "evaluation" else {}
-        with Pipeline(config, resume="auto" if further else resume, given=further) as pipeline:
+        make = seeded_pipeline if stage == "evaluation" else Pipeline
+        with make(config, resume=resume) as pipeline:
             artifact = pipeline.up_to(stage)
         if not pipeline.is_main:
             return

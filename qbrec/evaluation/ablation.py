@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from qbrec.config.ablations import FULL
 from qbrec.errors import DataError
-from qbrec.evaluation.bootstrap import Cell, UserSums, interval
-from qbrec.evaluation.results import IDS_ALONE, MODEL
-from qbrec.ranking.metrics import METRICS, metrics_of_ranks
+from qbrec.evaluation.bootstrap import UserSums
+from qbrec.evaluation.results import IDS_ALONE, MODEL, metric_cells
+from qbrec.ranking.metrics import metrics_of_ranks
 from qbrec.storage.artifact import Artifact
 
 SHOWN = ("hr@10", "ndcg@10")
@@ -53,11 +53,11 @@ def compare(evaluations: Mapping[str, Artifact], *, resamples: int, seed: int) -
     resampled = sums.resampled(resamples=resamples, seed=seed + 1) / len(users)
     found: dict[str, Any] = {variant: {} for variant in measured}
     for (variant, model), place in places.items():
-        entry = {"metrics": _cells(totals[place], resampled[:, place])}
+        entry = {"metrics": metric_cells(totals[place], resampled[:, place])}
         whole = places.get((FULL, model))
         if variant != FULL and whole is not None:
             difference = resampled[:, place] - resampled[:, whole]
-            entry["minus_full"] = _cells(totals[place] - totals[whole], difference)
+            entry["minus_full"] = metric_cells(totals[place] - totals[whole], difference)
         found[variant][model] = entry
     return found
 
@@ -96,11 +96,3 @@ def _per_user(artifact: Artifact) -> dict[str, NDArray[Any]]:
             values = [metrics_of_ranks(table[name].to_numpy().astype(np.int64)) for name in seeds]
             found[model] = np.mean(values, axis=0)
     return found
-
-
-def _cells(means: NDArray[np.float64], replicates: NDArray[np.float64]) -> dict[str, Cell]:
-    low, high = interval(replicates)
-    return {
-        metric: {"mean": float(means[i]), "low": float(low[i]), "high": float(high[i])}
-        for i, metric in enumerate(METRICS)
-    }

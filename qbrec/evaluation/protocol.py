@@ -15,7 +15,14 @@ from qbrec.errors import DataError
 from qbrec.ranking.recommend import Ranker
 from qbrec.ranking.scorer import Scorer
 from qbrec.ranking.topk import tie_rank
-from qbrec.ranking.validate import HistoriesLike, batch_rows, contexts_and_targets, dealt_back, test_users
+from qbrec.ranking.validate import (
+    HistoriesLike,
+    batch_rows,
+    contexts_and_targets,
+    dealt_back,
+    drawn,
+    test_users,
+)
 from qbrec.storage.ragged import Ragged
 
 COVERAGE_AT = 10
@@ -80,8 +87,7 @@ class TestSet:
                 where="catalog artifact",
                 fix="bring users with at least three interactions, or a later `catalog.test_fraction`",
             )
-        if 0 < max_users < len(users):
-            users = np.sort(np.random.default_rng(seed).choice(users, max_users, replace=False))
+        users = drawn(users, max_users=max_users, seed=seed)
         contexts, targets = contexts_and_targets(histories, users, part=1)
         domain = np.asarray(histories.domain)[users]
         return cls(users, domain, contexts, targets, np.asarray(allowed), tie_rank(train_counts))

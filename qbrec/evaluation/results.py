@@ -3,7 +3,7 @@
 Layout (a cell is `{"mean", "low", "high"}` with the ends of a 95 % bootstrap interval over users; mode is
 `removed` or `kept`, for seen items; metric is one of `ranking.METRICS`):
 
-    protocol   {"domain", "split", "num_users", "num_candidates", "duplicate_share", "bootstrap",
+    protocol   {"domain", "split", "num_users", "num_candidates", "seeds", "duplicate_share", "bootstrap",
                "confidence"}; duplicate_share: of the users, with a near-duplicate of their target in the
                history
     models     {model: {mode: {metric: cell}}}
@@ -28,7 +28,7 @@ from qbrec.evaluation.protocol import ModelRanks
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 
 MODEL = "qbrec"
-IDS_ALONE = "qbrec_ids"  # the same model without the co-occurrence bonus, where it has one
+IDS_ALONE = "qbrec_ids"  # the same model without the bonus of item graphs, where it has one
 MODES = ("removed", "kept")
 
 Table = dict[str, dict[str, dict[str, Cell]]]
@@ -80,10 +80,10 @@ def summarise(
         means = {key: totals[places[name, *key]] / size for key in _keys(ranks)}
         for model, mode in _keys(ranks):
             key = model, mode
-            by_slice[name]["models"].setdefault(model, {})[mode] = _cells(means[key], replicates[key])
+            by_slice[name]["models"].setdefault(model, {})[mode] = metric_cells(means[key], replicates[key])
             if MODEL in ranks and model != MODEL:
                 ours = MODEL, mode
-                cells = _cells(means[ours] - means[key], replicates[ours] - replicates[key])
+                cells = metric_cells(means[ours] - means[key], replicates[ours] - replicates[key])
                 by_slice[name]["paired"].setdefault(model, {})[mode] = cells
     return {
         "models": by_slice["all"]["models"],
@@ -112,7 +112,8 @@ def _keys(ranks: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(model, mode) for model in ranks for mode in MODES]
 
 
-def _cells(means: NDArray[np.float64], replicates: NDArray[np.float64]) -> dict[str, Cell]:
+def metric_cells(means: NDArray[np.float64], replicates: NDArray[np.float64]) -> dict[str, Cell]:
+    """A cell for every metric, from means [metrics] and their replicates [R, metrics]."""
     low, high = interval(replicates)
     return {
         metric: {"mean": float(means[i]), "low": float(low[i]), "high": float(high[i])}

@@ -27,7 +27,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
 
     Args:
         ctx: The rank's context: the ranks share the users.
-        config: `evaluation`, `ranking.chunk_items` and the target domain are read.
+        config: `evaluation`, `ranking` and the target domain are read.
         inputs: `catalog`, `quantizer`, `finetune`, `neighbours` where the run has them, the artifacts of the
             baselines that are trained, and the same of further seeds (`finetune@1`, …).
 

@@ -54,11 +54,17 @@ def quantizer_disk(config: RootConfig, scenario: Scenario, resolved: Resolved) -
     }
 
 
+def view_widths(config: RootConfig, scenario: Scenario) -> list[int]:
+    """Widths of the vectors by which items can be alike: what each encoder makes, and the fused ones."""
+    stored = [m.dim for m in scenario.modalities if m.kind == "dense" and m.name != BEHAVIOUR]
+    return [*stored, config.fusion.width]
+
+
 def graph_bytes(config: RootConfig, scenario: Scenario) -> int:
     """Of the item graphs, at most, on disk as in memory: arrows of 4 + 4 bytes."""
     if not config.ranking.neighbours:
         return 0
-    views = sum(m.kind == "dense" and m.name != BEHAVIOUR for m in scenario.modalities) + 1
+    views = len(view_widths(config, scenario))
     arrows = len(COUNTED) * config.ranking.neighbours + views * config.ranking.alike
     return 8 * scenario.items * arrows
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from qbrec.config import RootConfig
-from qbrec.fusion.model import BEHAVIOUR
 from qbrec.neighbours.alike import EXACT_ITEMS
-from qbrec.plan.disk import graph_bytes
+from qbrec.plan.disk import graph_bytes, view_widths
 from qbrec.plan.memory import FLOAT, RankMemory
 from qbrec.plan.scenario import Resolved, Scenario
 from qbrec.plan.stages import INT64, StagePlan
@@ -17,9 +16,7 @@ _HALF = 2
 def neighbours_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) -> StagePlan:
     """The stage `neighbours`."""
     items, alike = scenario.items, config.ranking.alike
-    widths = [m.dim for m in scenario.modalities if m.kind == "dense" and m.name != BEHAVIOUR] + [
-        config.fusion.width
-    ]
+    widths = view_widths(config, scenario)
     memory = RankMemory.start(on_gpu=scenario.gpu is not None)
     if alike:
         memory.device.during("likeness", "vectors", FLOAT * items * max(widths))

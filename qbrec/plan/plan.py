@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from qbrec.config import RootConfig
 from qbrec.plan.baselines import baseline_plan
@@ -12,8 +14,18 @@ from qbrec.plan.neighbours import neighbours_plan
 from qbrec.plan.quantizing import quantizer_plan
 from qbrec.plan.scenario import GIB, Resolved, Scenario, resolve, sequence_lengths
 from qbrec.plan.stages import StagePlan, evaluation_plan, fusion_plan, sequence_plan
+from qbrec.stages import BASELINES, CATALOG, stages_of
 
-_BASELINES = ("sasrec", "bert4rec")  # stages that only the evaluation asks for
+_PLANS: dict[str, Callable[[RootConfig, Scenario, Resolved], StagePlan]] = {
+    CATALOG: lambda config, scenario, resolved: StagePlan(CATALOG, disk=catalog_disk(scenario)),
+    "fusion": fusion_plan,
+    "quantizer": quantizer_plan,
+    "neighbours": neighbours_plan,
+    "pretrain": partial(sequence_plan, "pretrain"),
+    "finetune": partial(sequence_plan, "finetune"),
+    **{name: partial(baseline_plan, name) for name in BASELINES},
+    "evaluation": evaluation_plan,
+}
 
 
 @dataclass(frozen=True)
@@ -46,20 +58,7 @@ def make_plan(config: RootConfig, scenario: Scenario) -> Plan:
         ConfigError: Configuration and size do not fit together.
     """
     resolved = resolve(config, scenario)
-    stages = (
-        StagePlan("catalog", disk=catalog_disk(scenario)),
-        fusion_plan(config, scenario, resolved),
-        quantizer_plan(config, scenario, resolved),
-        *([neighbours_plan(config, scenario, resolved)] if config.ranking.neighbours else []),
-        *([sequence_plan("pretrain", config, scenario, resolved)] if config.sequence.pretraining else []),
-        sequence_plan("finetune", config, scenario, resolved),
-        *(
-            baseline_plan(name, config, scenario, resolved)
-            for name in _BASELINES
-            if name in config.evaluation.baselines
-        ),
-        evaluation_plan(config, scenario, resolved),
-    )
+    stages = tuple(_PLANS[stage.name](config, scenario, resolved) for stage in stages_of(config))
     warnings = [text for stage in stages for text in _warnings(stage, config, scenario)]
     return Plan(scenario, resolved, stages, tuple(warnings), _assumptions(config, scenario, resolved))
 
@@ -137,12 +136,12 @@ def _mend(stage: str, parts: dict[str, int], config: RootConfig) -> tuple[str, s
     beside = ""
     if stage == "fusion":
         beside = " and fusion.group"
-    elif stage in _BASELINES:
+    elif stage in BASELINES:
         beside = f" or baselines.{stage}.candidates"
     elif config.sequence.item_weight > 0:
         beside = " or sequence.candidates"
     mend = _MENDS[name].format(train=train, width=width, beside=beside)
-    if stage in _BASELINES:
+    if stage in BASELINES:
         mend += f"; or leave {stage} out of evaluation.baselines"
     return f"{name} {parts[name] / GIB:,.1f} GiB", mend
 
@@ -151,7 +150,7 @@ def _keys(stage: str) -> tuple[str, str]:
     """Where a stage's training and the width of its network are set."""
     if stage == "fusion":
         return "fusion.train", "fusion.width"
-    if stage in _BASELINES:
+    if stage in BASELINES:
         return f"baselines.{stage}.train", f"baselines.{stage}.width"
     return f"sequence.{stage}", "sequence.width"
 

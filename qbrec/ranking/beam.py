@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qbrec.errors import DataError
 from qbrec.ranking.code_index import CodeIndex
 from qbrec.ranking.kernels import native_kernels
-from qbrec.ranking.rescore import without
+from qbrec.ranking.rescore import best_pairs, competes
 from qbrec.ranking.scorer import Domain, PrefixScorer
 from qbrec.ranking.tables import sorted_rows
 from qbrec.ranking.topk import LOWEST, not_a_number
@@ -182,8 +182,8 @@ class BeamSearch:
             beams.scores.cpu().numpy(),
             native_kernels(index.num_items),
         )
-        best, rows = np.full((batch, k), -np.inf, np.float32), np.full((batch, k), -1, np.int64)
         if kernels is not None:
+            best, rows = np.full((batch, k), -np.inf, np.float32), np.full((batch, k), -1, np.int64)
             kernels.beam_items(index.trie, nodes, scores, *sorted_rows(exclude, batch), best, rows)
         else:
             ends = index.continuations(index.levels)
@@ -195,13 +195,11 @@ class BeamSearch:
             users, score, items = (
                 np.repeat(users, counts), np.repeat(score, counts), index.trie.rows[spots].astype(np.int64),
             )  # fmt: skip
-            fresh = without(users, items, exclude, index.num_items)
-            users, score, items = users[fresh], score[fresh], items[fresh]
-            order = np.lexsort((index.trie.ties[items], -np.maximum(score, np.float32(LOWEST)), users))
-            users, score, items = users[order], score[order], items[order]
-            rank = np.arange(len(users)) - np.searchsorted(users, users)
-            top = rank < k
-            best[users[top], rank[top]], rows[users[top], rank[top]] = score[top], items[top]
+            kept = competes(users, rows=items, index=index, exclude=exclude)
+            users, score, items = users[kept], score[kept], items[kept]
+            rows, best = best_pairs(
+                users, rows=items, values=score, ties=index.trie.ties[items], k=k, batch=batch
+            )
         return torch.from_numpy(rows).to(device), torch.from_numpy(best).to(device)
 
     def search(

@@ -20,6 +20,7 @@ from scipy.optimize import minimize
 
 from qbrec.ranking.graphs import ItemGraphs, strongest
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
+from qbrec.ranking.rescore import add_bonus
 from qbrec.ranking.scorer import Domain, Scorer
 from qbrec.ranking.topk import LOWEST, target_ranks
 from qbrec.ranking.validate import dealt_back
@@ -81,17 +82,6 @@ def weighted(paths: Sequence[sp.csr_matrix], weights: Sequence[float]) -> sp.csr
         if weight:
             total = total + path * np.float32(weight)
     return total.tocsr()
-
-
-def add_bonus(scores: torch.Tensor, bonus: sp.csr_matrix, *, scale: float = 1.0) -> None:
-    """Add `scale` · bonus (CSR [B, <= N]) to scores [B, N] in place."""
-    rows = np.repeat(np.arange(bonus.shape[0]), np.diff(bonus.indptr))
-    places = (
-        torch.from_numpy(rows).to(scores.device),
-        torch.from_numpy(bonus.indices.astype(np.int64)).to(scores.device),
-    )
-    values = torch.from_numpy(bonus.data * np.float32(scale)).to(scores)
-    scores.index_put_(places, values, accumulate=True)
 
 
 def tune_bonus(

@@ -97,6 +97,6 @@ def recency(histories: Ragged, *, decay: float, num_items: int) -> sp.csr_matrix
     last = histories.last(LAST)
     age = np.repeat(last.offsets[1:], last.lengths) - 1 - np.arange(len(last.values))
     known = last.values < num_items
-    offsets = np.concatenate([[0], np.cumsum(known)])[last.offsets]
+    kept = last.where(known)
     data = (decay ** age[known]).astype(np.float32)
-    return sp.csr_matrix((data, last.values[known].astype(np.int64), offsets), shape=(len(last), num_items))
+    return sp.csr_matrix((data, kept.values.astype(np.int64), kept.offsets), shape=(len(last), num_items))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qbrec.ranking.code_index import CodeIndex
 from qbrec.ranking.kernels import native_kernels
-from qbrec.ranking.rescore import checked_bonus, rescored
+from qbrec.ranking.rescore import PairBonus, checked_bonus, rescored
 from qbrec.ranking.tables import Floats, Ints, Tables, in_lanes, sorted_rows, spread, user_chunks
 from qbrec.ranking.topk import check_k, top_k
 from qbrec.ranking.validate import batch_rows
@@ -163,9 +163,9 @@ def _with_bonus(
     tables: Tables, best: Ints, *, exclude: Ragged | None, bonus: sp.csr_matrix
 ) -> tuple[Ints, Floats]:
     """Top-k among the best by ID alone and the candidates of the bonus."""
-    users, rows = np.repeat(np.arange(len(best)), np.diff(bonus.indptr)), bonus.indices.astype(np.int64)
+    pairs = PairBonus(bonus, tables.index.num_items)
     there = best >= 0
     scores = np.full(best.shape, -np.inf, np.float32)
     scores[there] = tables.scores(np.nonzero(there)[0], best[there])
-    candidates = (users, rows, tables.scores(users, rows))
-    return rescored(candidates, best, scores, index=tables.index, exclude=exclude, bonus=bonus)
+    candidates = (pairs.users, pairs.rows, tables.scores(pairs.users, pairs.rows))
+    return rescored(candidates, best, scores, index=tables.index, exclude=exclude, bonus=pairs)

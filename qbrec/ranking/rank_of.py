@@ -14,7 +14,7 @@ import torch
 
 from qbrec.ranking.code_index import CodeIndex
 from qbrec.ranking.kernels import native_kernels
-from qbrec.ranking.rescore import PairBonus, checked_bonus
+from qbrec.ranking.rescore import PairBonus, add_bonus, checked_bonus, competes
 from qbrec.ranking.tables import Floats, Ints, Tables, extreme, in_lanes, spread, user_chunks
 from qbrec.ranking.topk import ranks_both
 from qbrec.ranking.validate import batch_rows
@@ -58,9 +58,8 @@ def exact_ranks(
     goals += extra.of(np.arange(len(target)), target)
     kept = 1 + _count(tables, goals, ties[target])
     if bonus is not None:
-        users, rows = extra.users, extra.rows
-        if index.allowed is not None:
-            users, rows = users[index.allowed[rows]], rows[index.allowed[rows]]
+        inside = competes(extra.users, rows=extra.rows, index=index, exclude=None)
+        users, rows = extra.users[inside], extra.rows[inside]
         plain = tables.scores(users, rows)
         kept += _beaten_by(plain + extra.of(users, rows), users, rows, goals, target, ties)
         kept -= _beaten_by(plain, users, rows, goals, target, ties)
@@ -69,8 +68,8 @@ def exact_ranks(
         keys = np.unique(seen.row_ids * index.num_items + seen.values.astype(np.int64))
         users, rows = np.divmod(keys, index.num_items)
         removed[users[rows == target[users]]] = index.num_items + 1
-        if index.allowed is not None:
-            users, rows = users[index.allowed[rows]], rows[index.allowed[rows]]
+        inside = competes(users, rows=rows, index=index, exclude=None)
+        users, rows = users[inside], rows[inside]
         found = removed <= index.num_items
         beats = _beaten_by(
             tables.scores(users, rows) + extra.of(users, rows), users, rows, goals, target, ties
@@ -131,12 +130,7 @@ def _dense(
     for begin, end in user_chunks(len(target), batch_rows(len(target), index.num_items)):
         scores = index.dense.scores_of(log_probs[begin:end])
         if bonus is not None:
-            part = bonus[begin:end].tocoo()
-            places = (
-                torch.from_numpy(part.row.astype(np.int64)),
-                torch.from_numpy(part.col.astype(np.int64)),
-            )
-            scores[tuple(p.to(scores.device) for p in places)] += torch.from_numpy(part.data).to(scores)
+            add_bonus(scores, bonus[begin:end])
         kept[begin:end], removed[begin:end] = ranks_both(
             scores,
             target[begin:end],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -16,17 +16,13 @@ from qbrec.ranking.bonus import Bonus, BonusScorer
 from qbrec.ranking.code_index import CodeIndex
 from qbrec.ranking.exact import exact_top_k
 from qbrec.ranking.rank_of import exact_ranks
-from qbrec.ranking.rescore import rescored, without
-from qbrec.ranking.scorer import CodeScorer, Domain, FactorisedScorer, PrefixScorer, Scorer
+from qbrec.ranking.rescore import PairBonus, best_pairs, competes, rescored
+from qbrec.ranking.scorer import Domain, FactorisedScorer, PrefixScorer, Scorer
 from qbrec.ranking.topk import check_k, ranks_both, top_k
 from qbrec.storage.ragged import Ragged
 
 if TYPE_CHECKING:
     import scipy.sparse as sp
-
-
-class CodeModel(CodeScorer, PrefixScorer, Protocol):
-    """A model that predicts all codes of the next item at once, and each code from those before it."""
 
 
 class Ranker:
@@ -96,13 +92,12 @@ class Ranker:
             scores = self.scorer.scores(histories, domain)
             allowed = None if among is None else among.mask
             return top_k(scores, k, tie_rank=self.tie_rank, exclude=exclude, allowed=allowed)
-        index = self.index if among is None or among.index is None else among.index
-        bonus = None if self.bonus is None else self.bonus(histories)
+        index, bonus = self._index_of(among), None if self.bonus is None else self.bonus(histories)
         if self.config.scorer == "factorised":
             log_probs = self._by_ids.code_scorer.code_log_probs(histories, domain)
             return exact_top_k(log_probs, k, index=index, exclude=exclude, bonus=bonus)
         check_k(k, num_items=index.num_items)
-        model: Any = self._by_ids.code_scorer
+        model = cast(PrefixScorer, self._by_ids.code_scorer)
         return self._beam(model, histories, domain, k, exclude=exclude, index=index, bonus=bonus)
 
     def judge(
@@ -134,8 +129,7 @@ class Ranker:
             )
             best, _ = top_k(scores, k, tie_rank=self.tie_rank, exclude=histories, allowed=allowed)
         elif self.config.scorer == "factorised":
-            index = self.index if among is None or among.index is None else among.index
-            bonus = None if self.bonus is None else self.bonus(histories)
+            index, bonus = self._index_of(among), None if self.bonus is None else self.bonus(histories)
             log_probs = self._by_ids.code_scorer.code_log_probs(histories, domain)
             kept, removed = exact_ranks(log_probs, targets, index=index, seen=histories, bonus=bonus)
             best, _ = exact_top_k(log_probs, k, index=index, exclude=histories, bonus=bonus)
@@ -149,6 +143,11 @@ class Ranker:
             kept, removed = (self._places(rows, targets) for rows in lists)
             return Judgement(kept, removed, lists[1][:, :k])
         return Judgement(kept, removed, best.cpu().numpy())
+
+    def _index_of(self, among: Allowed | None) -> CodeIndex:
+        index = self.index if among is None else among.index
+        assert index is not None, "a filter of a ranker without semantic IDs"
+        return index
 
     def _places(self, rows: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.int64]:
         hit = rows == targets[:, None]
@@ -169,28 +168,21 @@ class Ranker:
         rows, scores = BeamSearch(index, beam=width).search(model, histories, domain, k, exclude=exclude)
         if bonus is None:
             return rows, scores
-        candidates = largest(_reachable(bonus, index, exclude), width)
-        users = np.repeat(np.arange(len(histories)), width)
-        asked = np.where(candidates < 0, 0, candidates)
-        sums = prefix_sums(
-            model, histories, domain, index.semantic_ids[asked.ravel()].reshape(*asked.shape, -1)
-        )
-        kept = candidates.ravel() >= 0
+        pairs = PairBonus(bonus, index.num_items)
+        # Items that may not be returned must not take the place of others among the candidates.
+        kept = competes(pairs.users, rows=pairs.rows, index=index, exclude=exclude)
+        candidates, _ = best_pairs(
+            pairs.users[kept], rows=pairs.rows[kept], values=pairs.values[kept], ties=pairs.rows[kept],
+            k=width, batch=len(histories),
+        )  # fmt: skip
+        there = candidates >= 0
+        codes = index.semantic_ids[np.where(there, candidates, 0)]
+        sums = prefix_sums(model, histories, domain, codes).cpu().numpy()
         best, values = rescored(
-            (users[kept], candidates.ravel()[kept], sums.cpu().numpy().ravel()[kept]),
-            rows.cpu().numpy(), scores.cpu().numpy(), index=index, exclude=exclude, bonus=bonus,
+            (np.nonzero(there)[0], candidates[there], sums[there]),
+            rows.cpu().numpy(), scores.cpu().numpy(), index=index, exclude=exclude, bonus=pairs,
         )  # fmt: skip
         return torch.from_numpy(best).to(rows.device), torch.from_numpy(values).to(rows.device)
-
-
-def _reachable(bonus: sp.csr_matrix, index: CodeIndex, exclude: Ragged | None) -> sp.csr_matrix:
-    """The bonus of items that may be returned: others must not take their place among the candidates."""
-    entries = bonus.tocoo()
-    kept = without(entries.row.astype(np.int64), entries.col.astype(np.int64), exclude, index.num_items)
-    if index.allowed is not None:
-        kept &= index.allowed[entries.col]
-    part = (entries.data[kept], (entries.row[kept], entries.col[kept]))
-    return type(bonus)(part, shape=bonus.shape)
 
 
 @dataclass(frozen=True)
@@ -219,14 +211,3 @@ class Allowed:
 
     def __init__(self, mask: NDArray[np.bool_], index: CodeIndex | None) -> None:
         self.mask, self.index, self.count = mask, index, int(mask.sum())
-
-
-def largest(bonus: sp.csr_matrix, count: int) -> NDArray[np.int64]:
-    """Rows of each history's largest bonuses, of equal ones the lower rows, int64 [B, count]; -1: fewer."""
-    users = np.repeat(np.arange(bonus.shape[0]), np.diff(bonus.indptr))
-    order = np.lexsort((bonus.indices, -bonus.data, users))
-    rank = np.arange(len(users)) - bonus.indptr[users]  # `order` keeps users together
-    out = np.full((bonus.shape[0], count), -1, np.int64)
-    top = rank < count
-    out[users[top], rank[top]] = bonus.indices[order][top]
-    return out

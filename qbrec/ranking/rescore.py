@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qbrec.errors import DataError
@@ -24,7 +25,7 @@ def rescored(
     *,
     index: CodeIndex,
     exclude: Ragged | None,
-    bonus: sp.csr_matrix,
+    bonus: PairBonus,
 ) -> tuple[Ints, Floats]:
     """Top-k with a bonus among the best without it and explicit candidates.
 
@@ -34,32 +35,49 @@ def rescored(
         scores: Their scores, float32 [B, k].
         index: Items that may be returned.
         exclude: Items taken out per user, B ragged rows.
-        bonus: CSR [B, <= N].
+        bonus: Of all pairs that have one.
 
     Returns:
         rows int64 [B, k] and scores float32 [B, k].
     """
     batch, k = best.shape
     users, rows, values = candidates
-    competes = without(users, rows, exclude, index.num_items)
-    if index.allowed is not None:
-        competes &= index.allowed[rows]
+    kept = competes(users, rows=rows, index=index, exclude=exclude)
     first, place = np.nonzero(best >= 0)
-    keys = np.concatenate([users[competes], first]) * index.num_items
-    keys += np.concatenate([rows[competes], best[first, place]])
-    values = np.concatenate([values[competes], scores[first, place]])
+    keys = np.concatenate([users[kept], first]) * index.num_items
+    keys += np.concatenate([rows[kept], best[first, place]])
+    values = np.concatenate([values[kept], scores[first, place]])
     keys, found = np.unique(keys, return_index=True)
     users, rows = np.divmod(keys, index.num_items)
-    values = values[found] + PairBonus(bonus, index.num_items).of(users, rows)
+    values = values[found] + bonus.of(users, rows)
     if np.isnan(values).any():
         raise not_a_number()
-    order = np.lexsort((index.trie.ties[rows], -np.maximum(values, np.float32(LOWEST)), users))
+    return best_pairs(users, rows=rows, values=values, ties=index.trie.ties[rows], k=k, batch=batch)
+
+
+def best_pairs(
+    users: Ints, *, rows: Ints, values: Floats, ties: Ints, k: int, batch: int
+) -> tuple[Ints, Floats]:
+    """The k best rows of every user, out of explicit pairs.
+
+    Args:
+        users: User of each pair, int64 [n].
+        rows: Its item row, [n].
+        values: What it is worth, float32 [n], never NaN; -inf counts as the lowest float.
+        ties: Place of each pair among a user's pairs of equal value, [n].
+        k: How many.
+        batch: B.
+
+    Returns:
+        rows int64 [B, k] and values float32 [B, k], best first; row -1 and -inf where a user has fewer pairs.
+    """
+    order = np.lexsort((ties, -np.maximum(values, np.float32(LOWEST)), users))
     users, rows, values = users[order], rows[order], values[order]
     rank = np.arange(len(users)) - np.searchsorted(users, users)
     top = rank < k
-    out_rows, out_scores = np.full((batch, k), -1, np.int64), np.full((batch, k), -np.inf, np.float32)
-    out_rows[users[top], rank[top]], out_scores[users[top], rank[top]] = rows[top], values[top]
-    return out_rows, out_scores
+    out_rows, out_values = np.full((batch, k), -1, np.int64), np.full((batch, k), -np.inf, np.float32)
+    out_rows[users[top], rank[top]], out_values[users[top], rank[top]] = rows[top], values[top]
+    return out_rows, out_values
 
 
 class PairBonus:
@@ -68,17 +86,18 @@ class PairBonus:
     Attributes:
         users: User of each, int64 [n].
         rows: Item row of each, int64 [n].
+        values: Its bonus, float32 [n].
     """
 
     def __init__(self, bonus: sp.csr_matrix | None, num_items: int) -> None:
         self.num_items = num_items
         self.users, self.rows = np.empty(0, np.int64), np.empty(0, np.int64)
-        self._data = np.empty(0, np.float32)
+        self.values = np.empty(0, np.float32)
         if bonus is not None:
             if not bonus.has_sorted_indices:
                 bonus = bonus.sorted_indices()
             self.users = np.repeat(np.arange(bonus.shape[0], dtype=np.int64), np.diff(bonus.indptr))
-            self.rows, self._data = bonus.indices.astype(np.int64), bonus.data
+            self.rows, self.values = bonus.indices.astype(np.int64), bonus.data
         self._keys = self.users * num_items + self.rows
 
     def of(self, users: Ints, rows: Ints) -> Floats:
@@ -87,7 +106,7 @@ class PairBonus:
             return np.zeros(len(users), np.float32)
         keys = users * self.num_items + rows
         place = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
-        return np.where(self._keys[place] == keys, self._data[place], np.float32(0))
+        return np.where(self._keys[place] == keys, self.values[place], np.float32(0))
 
 
 def checked_bonus(bonus: sp.csr_matrix) -> sp.csr_matrix:
@@ -108,9 +127,21 @@ def checked_bonus(bonus: sp.csr_matrix) -> sp.csr_matrix:
     return bonus.astype(np.float32)
 
 
-def without(users: Ints, rows: Ints, exclude: Ragged | None, num_items: int) -> NDArray[np.bool_]:
-    """Which pairs of user and row are not among the excluded ones."""
-    if exclude is None or not len(exclude.values):
-        return np.ones(len(users), bool)
-    gone = exclude.row_ids * num_items + exclude.values.astype(np.int64)
-    return ~np.isin(users * num_items + rows, gone)
+def add_bonus(scores: torch.Tensor, bonus: sp.csr_matrix, *, scale: float = 1.0) -> None:
+    """Add `scale` · bonus (CSR [B, <= N]) to scores [B, N] in place."""
+    rows = np.repeat(np.arange(bonus.shape[0]), np.diff(bonus.indptr))
+    places = (
+        torch.from_numpy(rows).to(scores.device),
+        torch.from_numpy(bonus.indices.astype(np.int64)).to(scores.device),
+    )
+    values = torch.from_numpy(bonus.data * np.float32(scale)).to(scores)
+    scores.index_put_(places, values, accumulate=True)
+
+
+def competes(users: Ints, *, rows: Ints, index: CodeIndex, exclude: Ragged | None) -> NDArray[np.bool_]:
+    """Which pairs of user and item row may be returned: in the index and not excluded; bool [n]."""
+    found = np.ones(len(users), bool) if index.allowed is None else index.allowed[rows]
+    if exclude is not None and len(exclude.values):
+        gone = exclude.row_ids * index.num_items + exclude.values.astype(np.int64)
+        found &= ~np.isin(users * index.num_items + rows, gone)
+    return found

@@ -181,11 +181,7 @@ class FactorisedScorer:
         Raises:
             DataError: The semantic IDs hold a code the model has no output for (they are another model's).
         """
-        return self.scores_of(self.code_scorer.code_log_probs(histories, domain))
-
-    def scores_of(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """The same from log-probabilities [B, L, Kmax] at hand; returns float32 [B, N]."""
-        return self.table.scores_of(log_probs)
+        return self.table.scores_of(self.code_scorer.code_log_probs(histories, domain))
 
 
 def check_fit(levels: int, codes: int, *, id_levels: int, widest: int) -> None:

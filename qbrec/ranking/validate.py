@@ -87,12 +87,16 @@ def dealt_back(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return whole
 
 
+def drawn(users: NDArray[np.int64], *, max_users: int, seed: int) -> NDArray[np.int64]:
+    """`max_users` (0: all) of the users, drawn at random where there are more; ascending."""
+    if 0 < max_users < len(users):
+        return np.sort(np.random.default_rng(seed).choice(users, max_users, replace=False))
+    return users
+
+
 def drawn_users(histories: HistoriesLike, *, max_users: int, seed: int) -> NDArray[np.int64]:
     """Users with a validation target, or `max_users` (0: all) of them drawn at random; ascending."""
-    users = validation_users(histories)
-    if 0 < max_users < len(users):
-        users = np.sort(np.random.default_rng(seed).choice(users, max_users, replace=False))
-    return users
+    return drawn(validation_users(histories), max_users=max_users, seed=seed)
 
 
 def validation_metrics(

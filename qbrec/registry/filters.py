@@ -81,8 +81,7 @@ def with_ids(
             where="filter",
             fix="use item ids of the catalogue that was trained on, or appended to it",
         )
-    old = rows < catalog.base.num_items
-    rows[old] = catalog.base.representatives(rows[old])  # of near-duplicates one listing stands for all
+    rows = catalog.representatives(rows)  # of near-duplicates one listing stands for all
     mask = np.zeros(num_items, bool)
     mask[rows[rows < num_items]] = True
     return mask

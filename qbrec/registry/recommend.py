@@ -232,16 +232,11 @@ class Recommender:
         self, rows: list[NDArray[np.int64]], *, k: int, keep_seen: bool, among: Allowed
     ) -> list[list[Recommendation]]:
         histories = Ragged.from_lists([list(row) for row in rows])
-        exclude = None if keep_seen else self._ranked(histories)
+        # Rows without an ID yet are in no race that they could be taken out of.
+        exclude = None if keep_seen else histories.where(histories.values < len(self._ids))
         best, values = self._ranker.top_k(histories, self._domain_index, k, exclude=exclude, among=among)
         pairs = zip(best.cpu().numpy(), values.cpu().numpy(), strict=True)
         return [self._describe(found[found >= 0], score[found >= 0]) for found, score in pairs]
-
-    def _ranked(self, histories: Ragged) -> Ragged:
-        """The histories without rows that have no ID yet."""
-        keep = histories.values < len(self._ids)
-        lengths = np.bincount(histories.row_ids[keep], minlength=len(histories))
-        return Ragged.from_lengths(histories.values[keep], lengths)
 
     def _describe(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Recommendation]:
         ids, titles = self._catalog.item_ids(rows), self._catalog.titles(rows)
@@ -281,9 +276,7 @@ class Recommender:
                 if near
                 else "use item ids of the catalogue that was trained on, or appended to it",
             )
-        old = rows < self._catalog.base.num_items
-        rows[old] = self._catalog.base.representatives(rows[old])
-        return rows
+        return self._catalog.representatives(rows)
 
     def _nearest(self, unknown: str) -> list[str]:
         """Up to three known ids that look like it; in large catalogues among those of the same beginning."""

@@ -9,19 +9,9 @@ from qbrec.config import RootConfig
 from qbrec.report.blocks import Block, Cell, Row, Section, Stage, cells
 from qbrec.report.run_log import duration, read_curves, read_seconds
 from qbrec.report.svg import Series, line_chart, number
+from qbrec.stages import BASELINES, stages_of
 from qbrec.storage.artifact import Artifact
 
-STAGES = (
-    "catalog",
-    "fusion",
-    "quantizer",
-    "neighbours",
-    "pretrain",
-    "finetune",
-    "sasrec",
-    "bert4rec",
-    "evaluation",
-)
 TRAINED = {
     "fusion": "Fusion: cross-modal injection",
     "quantizer": "Quantizer",
@@ -37,12 +27,7 @@ def flow(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact]) -
     """Every stage with its time and what came out."""
     seconds = read_seconds(run_dir)
     stages = []
-    left_out = set(type(config.baselines).model_fields) - set(config.evaluation.baselines)
-    left_out |= set() if config.ranking.neighbours else {"neighbours"}
-    left_out |= set() if config.sequence.pretraining else {"pretrain"}
-    for name in STAGES:
-        if name in left_out:
-            continue
+    for name in (stage.name for stage in stages_of(config)):
         artifact = artifacts.get(name)
         if artifact is None:
             stages.append(Stage(name=name, time="not run", fact="", fingerprint=""))
@@ -146,6 +131,6 @@ def _fact(name: str, artifact: Artifact, config: RootConfig) -> str:
         return f"{sum(meta['arrows'].values()):,} arrows: {', '.join(meta['arrows'])}"
     if name in ("pretrain", "finetune"):
         return f"layers: {config.sequence.layers}, width {config.sequence.width}"
-    if name in ("sasrec", "bert4rec"):
+    if name in BASELINES:
         return f"best of {meta['epochs']} epochs: {meta['best']['epoch']}"
     return f"{len(config.evaluation.baselines)} baselines, {config.evaluation.bootstrap:,} resamples"

@@ -135,10 +135,7 @@ class SequenceRecommender:
 
     def _known(self, histories: Ragged) -> Ragged:
         """The histories without rows that have no semantic ID."""
-        values = np.asarray(histories.values, dtype=np.int64)
-        keep = (values >= 0) & (values < len(self._table))
-        lengths = np.bincount(histories.row_ids[keep], minlength=len(histories))
-        return Ragged.from_lengths(values[keep], lengths)
+        return histories.where((histories.values >= 0) & (histories.values < len(self._table)))
 
     def _forward(self, histories: Ragged, domains: NDArray[np.int64]) -> torch.Tensor:
         """float32 [B, L, max K_l] of histories sorted by length, at most H long."""
@@ -156,8 +153,7 @@ class SequenceRecommender:
     def _batch(self, histories: Ragged, domains: NDArray[np.int64]) -> tuple[PackedHistories, torch.Tensor]:
         """Histories sorted by length, each with one more item, and the places int64 [B] of those items."""
         # The item to predict: its codes are hidden or replaced, so any row does.
-        placed = np.insert(histories.values, histories.offsets[1:], 0)
-        asked = Ragged.from_lengths(placed, histories.lengths + 1)
+        asked = histories.followed_by(0)
         packed, order = pack(asked, domains=domains, samples=np.arange(len(asked)))
         assert (order[1:] > order[:-1]).all(), "histories come sorted"
         batch = packed.to(self.device, self._table)

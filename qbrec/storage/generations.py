@@ -117,6 +117,13 @@ class GenerationsView(DomainRows):
             rows[left] = np.where(found < 0, -1, found + generation.first_row)
         return rows
 
+    def representatives(self, rows: Rows) -> Ints:
+        """For each row the one that histories hold in its place, int64 [n]; appended items keep theirs."""
+        found = np.array(rows, np.int64)
+        old = found < self.base.num_items
+        found[old] = self.base.representatives(found[old])
+        return found
+
     def owners(self, rows: Rows) -> Ints:
         """The generation that each row was added in, int64 [n]; 0: the catalogue."""
         rows = np.asarray(rows, np.int64)

@@ -77,6 +77,17 @@ class Ragged:
         """The first `lengths[i]` values of row `i`; never more than it has."""
         return self._windows(self.offsets[:-1], np.minimum(self.lengths, lengths))
 
+    def where(self, mask: NDArray[np.bool_]) -> Ragged:
+        """The values for which `mask`, bool [Σ], holds; every row stays, if empty."""
+        before = np.concatenate([[0], np.cumsum(mask)])
+        return Ragged(self.values[mask], before[self.offsets])
+
+    def followed_by(self, value: Any) -> Ragged:
+        """Every row with `value` after its last one."""
+        return Ragged(
+            np.insert(self.values, self.offsets[1:], value), self.offsets + np.arange(len(self.offsets))
+        )
+
     def _windows(self, begins: NDArray[np.int64], lengths: NDArray[np.int64]) -> Ragged:
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])

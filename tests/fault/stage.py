@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,11 @@ from torch import nn
 
 from qbrec.config import RootConfig, parse_config
 from qbrec.config.stages import TrainConfig
-from qbrec.engine.context import OWNER, StageContext
-from qbrec.engine.launch import launch
-from qbrec.engine.preemption import stop_on_sigterm
+from qbrec.engine.context import StageContext
 from qbrec.engine.rows import rows_file
 from qbrec.engine.train import train
-from qbrec.engine.worker import Order
-from qbrec.errors import QbrecError
 from qbrec.storage.artifact import Artifact
+from tests.support import toy_stage
 from tests.support.faults import DRIVER, Injector
 from tests.support.rows import RowLoader, RowTask, row_use
 from tests.support.training import ToyLoader, ToyTask
@@ -92,30 +88,9 @@ def drive(folder: Path) -> int:
     config = parse_config(
         {"run": {"storage": str(folder), "seed": given["seed"]}, "compute": given["compute"]}
     )
-    owner = ""
     if os.environ.get("RANK", "0") == "0":
-        owner = uuid.uuid4().hex
-        (folder / "run" / OWNER).write_text(owner)
         (folder / DRIVER).write_text(str(os.getpid()))
-    order: Order = {
-        "stage": "toy",
-        "entry": "tests.fault.stage:run",
-        "key": given["key"],
-        "config": config.model_dump(mode="json"),
-        "recipe": {},
-        "inputs": {},
-        "storage": str(folder),
-        "run_dir": str(folder / "run"),
-        "owner": owner,
-        "progress_file": None,
-    }
-    try:
-        with stop_on_sigterm():
-            launch(order)
-    except QbrecError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+    return toy_stage.drive(folder, config, entry="tests.fault.stage:run", key=given["key"])
 
 
 if __name__ == "__main__":

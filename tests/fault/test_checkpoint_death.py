@@ -56,26 +56,6 @@ POINTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, ID rows, nothing disturbs it."""
-    folder = tmp_path_factory.mktemp("alone")
-    write_order(folder, rows=True)
-    must(folder)
-    assert whole_checkpoints(folder) == [5, 18, 20]
-    assert len(list(checkpoint_dir(folder).glob("step-20/rows-*.safetensors"))) == 14
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on two ranks."""
-    folder = tmp_path_factory.mktemp("pair")
-    write_order(folder, rows=True, launcher="torchrun")
-    must(folder, world=2)
-    return folder
-
-
 def resumed_at(folder: Path) -> int:
     """Steps that the last process found done."""
     taken = losses(folder)

@@ -29,14 +29,6 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alone")
-    write_order(folder, rows=True)
-    must(folder)
-    return folder
-
-
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_without_room_is_named(file: str, alone: Path, tmp_path: Path) -> None:
     fault = FILES[file]

@@ -27,15 +27,6 @@ def cluster() -> Iterator[Nodes]:
         yield nodes
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two undisturbed ranks: who starts them changes no bit."""
-    folder = tmp_path_factory.mktemp("pair")
-    write_order(folder, rows=True, launcher="torchrun")
-    must(folder, world=2)
-    return folder
-
-
 def ray_order(folder: Path, cluster: Nodes, *, max_failures: int = 0, timeout_s: int = 60) -> None:
     write_order(
         folder,

@@ -65,12 +65,14 @@ def encoded(items: Iterable[Item]) -> pa.Table:
 
 
 def write_catalog(store: ArtifactStore, items: Iterable[Item], *, collapsed: Iterable[int] = ()) -> Artifact:
-    """A catalogue of both domains; some rows may be collapsed into others."""
+    """A catalogue of both domains; some rows may be collapsed, into the first of the others."""
     writer = store.writer("catalog", "c" * 64)
     writer.prepare()
     table = encoded(items)
     n = _write(writer, table, prefix="items", first_row=0)
-    writer.save_npy("retired.npy", np.isin(np.arange(n), list(collapsed)))
+    gone = np.isin(np.arange(n), list(collapsed))
+    writer.save_npy("retired.npy", gone)
+    writer.save_npy("representatives.npy", np.where(gone, np.flatnonzero(~gone)[0], np.arange(n)))
     return writer.commit(meta={"num_items": n, "domains": list(DOMAINS)}, inputs={}, config={}, seed=0)
 
 

@@ -22,6 +22,7 @@ from qbrec.engine.launch import launch
 from qbrec.engine.preemption import stop_on_sigterm
 from qbrec.engine.progress import Progress
 from qbrec.engine.train import train
+from qbrec.engine.worker import Order
 from qbrec.errors import QbrecError
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.atomic import write_atomic
@@ -133,34 +134,46 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
 
-def main(folder: Path) -> int:
-    """Drive the stage as the pipeline does."""
-    config = parse_config({"compute": json.loads((folder / "order.json").read_text())})
+def drive(folder: Path, config: RootConfig, *, entry: str, key: str = "ab" * 32, hidden: bool = False) -> int:
+    """Run a toy stage as the pipeline does; an exit code.
+
+    Args:
+        folder: Storage of the run.
+        config: The run's.
+        entry: The stage, `module:function`.
+        key: Key of its artifact.
+        hidden: Workers do not find the run's files.
+    """
     owner = ""
     if os.environ.get("RANK", "0") == "0":
         owner = uuid.uuid4().hex
-        if not _drill(folder)["hidden"]:
+        if not hidden:
             (folder / "run" / OWNER).write_text(owner)
+    order: Order = {
+        "stage": "toy",
+        "entry": entry,
+        "key": key,
+        "config": config.model_dump(mode="json"),
+        "recipe": {},
+        "inputs": {},
+        "storage": str(folder),
+        "run_dir": str(folder / "run"),
+        "owner": owner,
+        "progress_file": None,
+    }
     try:
         with stop_on_sigterm():
-            launch(
-                {
-                    "stage": "toy",
-                    "entry": "tests.support.toy_stage:run",
-                    "key": "ab" * 32,
-                    "config": config.model_dump(mode="json"),
-                    "recipe": {},
-                    "inputs": {},
-                    "storage": str(folder),
-                    "run_dir": str(folder / "run"),
-                    "owner": owner,
-                    "progress_file": None,
-                }
-            )
+            launch(order)
     except QbrecError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
+
+
+def main(folder: Path) -> int:
+    """Drive the stage of this module."""
+    config = parse_config({"compute": json.loads((folder / "order.json").read_text())})
+    return drive(folder, config, entry="tests.support.toy_stage:run", hidden=_drill(folder)["hidden"])
 
 
 if __name__ == "__main__":

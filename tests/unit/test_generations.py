@@ -67,6 +67,8 @@ def check(view: GenerationsView, model: dict[tuple[str, str], Known], collapsed:
         np.testing.assert_array_equal(found["feature.text"].row(place), feature(name, version))
     gone = [known.retired or known.row in collapsed for _, known in by_row]
     assert view.retired.tolist() == gone
+    first = min(row for row in range(view.num_items) if row not in collapsed)
+    assert view.representatives(rows).tolist() == [first if row in collapsed else row for row in rows]
     assert view.retired_later(np.arange(view.num_items)).tolist() == [k.retired for _, k in by_row]
     for domain in DOMAINS:
         ids = [name for d, name in NAMES if d == domain]

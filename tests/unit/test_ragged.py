@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,3 +33,15 @@ def test_take_and_slice(lists: list[list[int]], data: st.DataObject) -> None:
     end = data.draw(st.integers(begin, len(lists)))
     assert _lists(ragged.slice(begin, end)) == lists[begin:end]
     assert ragged.row_ids.tolist() == [i for i, row in enumerate(lists) for _ in row]
+
+
+@given(rows, st.data())
+def test_where_and_followed_by(lists: list[list[int]], data: st.DataObject) -> None:
+    ragged = Ragged.from_lists(lists)
+    mask = data.draw(st.lists(st.booleans(), min_size=len(ragged.values), max_size=len(ragged.values)))
+    kept = ragged.where(np.array(mask, bool))
+    marks = [mask[begin:end] for begin, end in pairwise(ragged.offsets)]
+    pairs = zip(lists, marks, strict=True)
+    assert _lists(kept) == [[v for v, there in zip(row, m, strict=True) if there] for row, m in pairs]
+    assert _lists(ragged.followed_by(7)) == [[*row, 7] for row in lists]
+    assert kept.offsets.dtype == ragged.followed_by(7).offsets.dtype == np.int64

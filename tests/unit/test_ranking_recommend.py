@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qbrec.config.stages import RankingConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.ranking import AutoregressiveScorer, FactorisedScorer, tie_rank, top_k
 from qbrec.ranking.bonus import BonusScorer
-from qbrec.ranking.recommend import Ranker, largest
+from qbrec.ranking.recommend import Ranker
+from qbrec.ranking.rescore import best_pairs
 from qbrec.ranking.topk import ranks_both
 from qbrec.registry.filters import in_categories, read_ids, with_ids
 from qbrec.registry.recommend import Recommender
@@ -64,6 +67,15 @@ def ranker(scorer: str, *, bonus: bool, beam: int = 1000) -> Ranker:
     return Ranker(BonusScorer(base, Extra()) if bonus else base, tie_rank=TIES, config=config)  # type: ignore[arg-type]
 
 
+def dense_scores(ours: Ranker) -> torch.Tensor:
+    if ours.config.scorer == "factorised":
+        return ours.scorer.scores(HISTORIES, 0)
+    scores = AutoregressiveScorer(Model(), index=ours.index).scores(HISTORIES, 0)
+    if ours.bonus is not None:
+        scores[:, : NUM_ITEMS - 10] += torch.from_numpy(ours.bonus(HISTORIES).toarray())
+    return scores
+
+
 @pytest.mark.parametrize("scorer", ["factorised", "autoregressive"])
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("filtered", [False, True])
@@ -71,11 +83,7 @@ def ranker(scorer: str, *, bonus: bool, beam: int = 1000) -> Ranker:
 def test_equals_dense_scores(scorer: str, bonus: bool, filtered: bool, k: int) -> None:
     """A beam of all prefixes and all candidates is exact as well."""
     ours = ranker(scorer, bonus=bonus)
-    dense = ours.scorer.scores(HISTORIES, 0)
-    if scorer == "autoregressive":
-        dense = AutoregressiveScorer(Model(), index=ours.index).scores(HISTORIES, 0)
-        if bonus:
-            dense[:, : NUM_ITEMS - 10] += torch.from_numpy(Extra()(HISTORIES).toarray())
+    dense = dense_scores(ours)
     rows, scores = ours.top_k(
         HISTORIES, 0, k, exclude=HISTORIES, among=ours.only(ALLOWED) if filtered else None
     )
@@ -89,11 +97,7 @@ def test_equals_dense_scores(scorer: str, bonus: bool, filtered: bool, k: int) -
 @pytest.mark.parametrize("filtered", [False, True])
 def test_targets_stand_where_dense_scores_put_them(scorer: str, bonus: bool, filtered: bool) -> None:
     ours = ranker(scorer, bonus=bonus)
-    dense = ours.scorer.scores(HISTORIES, 0)
-    if scorer == "autoregressive":
-        dense = AutoregressiveScorer(Model(), index=ours.index).scores(HISTORIES, 0)
-        if bonus:
-            dense[:, : NUM_ITEMS - 10] += torch.from_numpy(Extra()(HISTORIES).toarray())
+    dense = dense_scores(ours)
     mask = ALLOWED if filtered else None
     among = ours.only(ALLOWED) if filtered else None
     for targets in (np.array([7, 14, 119, 9]), np.array([0, 1, 2, 3])):  # 9 was seen, 0 is not allowed
@@ -138,9 +142,24 @@ def test_k_outside_the_catalogue(scorer: str) -> None:
         ranker(scorer, bonus=False).top_k(HISTORIES, 0, 121)
 
 
-def test_largest_bonuses() -> None:
-    bonus = sp.csr_matrix(np.array([[0, 2, 0, 2, 3], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], np.float32))
-    assert largest(bonus, 2).tolist() == [[4, 1], [-1, -1], [0, -1]]
+@given(
+    st.dictionaries(
+        st.tuples(st.integers(0, 3), st.integers(0, 9)),
+        st.sampled_from([-np.inf, -1.0, 0.5, 2.0]),
+        max_size=30,
+    ),
+    st.integers(1, 8),
+)
+def test_best_of_explicit_pairs(pairs: dict[tuple[int, int], float], k: int) -> None:
+    ties = np.array([3, 9, 1, 0, 7, 2, 8, 4, 6, 5])
+    users, rows = np.array(list(pairs), np.int64).reshape(-1, 2).T
+    values = np.array(list(pairs.values()), np.float32)
+    best, worth = best_pairs(users, rows=rows, values=values, ties=ties[rows], k=k, batch=4)
+    for user in range(4):
+        mine = sorted((-value, ties[row], row) for (owner, row), value in pairs.items() if owner == user)[:k]
+        fewer = k - len(mine)
+        assert best[user].tolist() == [row for _, _, row in mine] + [-1] * fewer
+        assert worth[user].tolist() == [-value for value, _, _ in mine] + [-np.inf] * fewer
 
 
 def catalog(with_paths: bool = True) -> SimpleNamespace:
@@ -156,8 +175,7 @@ def catalog(with_paths: bool = True) -> SimpleNamespace:
     return SimpleNamespace(
         display=lambda rows: table.take(pa.array(rows)),
         lookup=lambda ids, domain: [names.get(item, -1) for item in ids],
-        # The second item is a listing of the first.
-        base=SimpleNamespace(num_items=4, representatives=lambda rows: np.where(rows == 1, 0, rows)),
+        representatives=lambda rows: np.where(rows == 1, 0, rows),  # the second is a listing of the first
     )
 
 
@@ -174,9 +192,8 @@ def recommender(scorer: str = "factorised") -> Recommender:
     view.domain_number = lambda domain: 0
     view.candidates = lambda domain: rows % 5 > 0
     view.item_ids = view.titles = lambda rows: [f"i{n}" for n in rows]
-    view.base = SimpleNamespace(
-        num_items=NUM_ITEMS, train_counts=np.argsort(TIES)[::-1], representatives=lambda rows: rows
-    )
+    view.representatives = lambda rows: rows
+    view.base = SimpleNamespace(num_items=NUM_ITEMS, train_counts=np.argsort(TIES)[::-1])
     return Recommender(
         catalog=view,
         semantic_ids=CODES,

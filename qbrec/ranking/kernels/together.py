@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qbrec.ranking.kernels.best_first import FEW, FLAT
 from qbrec.ranking.kernels.heap import finish, offer, threshold
 from qbrec.ranking.kernels.lanes import (
     WIDTH,
@@ -26,9 +27,6 @@ from qbrec.ranking.kernels.lanes import (
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-
-FEW = 4  # continuations below which they are not asked about, but scored with all that follows
-FLAT = 3  # one of so many prefixes above the leaves is left: all leaves are scored without asking
 
 
 @compiled
