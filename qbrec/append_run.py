@@ -126,11 +126,13 @@ def bring_to_models(
         fused = what_is_there(store, one.entry.get("fused"))
         wanted = {**inputs, "fusion": models["fusion"]}
         if fused is None or fused.inputs != _prints(wanted):
-            fused = _make(config, record, store, FUSED_KIND, "qbrec.fusion.append:run", {}, wanted)
+            fused = make_artifact(config, record, store, FUSED_KIND, "qbrec.fusion.append:run", {}, wanted)
         wanted = {**inputs, "quantizer": models["quantizer"], "fused": fused, **ids}
         made = one.ids
         if made is None or made.inputs != _prints(wanted):
-            made = _make(config, record, store, IDS_KIND, "qbrec.quantizer.append.run:run", recipe, wanted)
+            made = make_artifact(
+                config, record, store, IDS_KIND, "qbrec.quantizer.append.run:run", recipe, wanted
+            )
             one.entry.update(fused=place_of(fused), ids=place_of(made))
             record.save()
             if made.meta["num_added"]:
@@ -139,7 +141,9 @@ def bring_to_models(
         ids[f"{IDS}-{number}"] = made
         wanted = {**inputs, **models, "fused": fused, "ids": made}
         if _has_content(models) and (one.alike is None or one.alike.inputs != _prints(wanted)):
-            alike = _make(config, record, store, ALIKE_KIND, "qbrec.neighbours.append:run", {}, wanted)
+            alike = make_artifact(
+                config, record, store, ALIKE_KIND, "qbrec.neighbours.append:run", {}, wanted
+            )
             one.entry["alike"] = place_of(alike)
             record.save()
     return list(ids.values()), ""
@@ -206,7 +210,7 @@ def _has_content(models: Mapping[str, Artifact]) -> bool:
     return "neighbours" in models and bool(content_views(models["neighbours"]))
 
 
-def _make(
+def make_artifact(
     config: RootConfig,
     record: RunRecord,
     store: ArtifactStore,
@@ -215,7 +219,20 @@ def _make(
     recipe: dict[str, Any],
     inputs: Mapping[str, Artifact],
 ) -> Artifact:
-    """Run an entry point in this process, unless a killed one has left what it makes."""
+    """Run an entry point in this process, unless what it makes is there: a killed process may have left it.
+
+    Args:
+        config: The run's configuration.
+        record: Of the run, owned.
+        store: Its storage.
+        kind: Kind of the artifact.
+        entry: `module:function` with the signature `run(ctx, config, inputs) -> Artifact`.
+        recipe: What of the configuration shapes it.
+        inputs: What it is made of.
+
+    Raises:
+        QbrecError: What the entry point raises.
+    """
     from qbrec.engine.worker import Order, run_order
 
     key = artifact_key(kind, config=recipe, seed=config.run.seed, inputs=_prints(inputs))
