@@ -1,7 +1,7 @@
 """Generations of a run: appended to its catalogue, and brought to its models, whose weights are frozen.
 
-run.json notes each generation with what the models made of it: {key, path, fused, ids}. What is missing, for
-whatever reason, is made up for by the next `qbrec append` and at the end of `qbrec run`.
+run.json notes each generation with what the models made of it. What is missing, for whatever reason, is made
+up for by the next `qbrec append` and at the end of `qbrec run`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from qbrec.config import RootConfig, load_config
 from qbrec.errors import DataError
+from qbrec.run_generations import noted_generations, place_of, what_is_there
 from qbrec.run_record import RunRecord, run_directory
 from qbrec.storage.artifact import Artifact, ArtifactStore, artifact_key
 from qbrec.storage.generation import KIND as GENERATION_KIND
-from qbrec.storage.generations import GenerationsView, current_generations
-from qbrec.storage.id_table import FUSED_KIND, GENERATION, IDS, current_ids
+from qbrec.storage.generations import GenerationsView
+from qbrec.storage.id_table import ALIKE_KIND, FUSED_KIND, GENERATION, IDS
 from qbrec.storage.id_table import KIND as IDS_KIND
 
 if TYPE_CHECKING:
@@ -43,15 +44,6 @@ class Appended:
     new: bool
     ids: list[Artifact]
     missing: str
-
-
-@dataclass(frozen=True)
-class _Noted:
-    """A generation in run.json: the entry itself, the generation, and what there is of its IDs."""
-
-    entry: dict[str, Any]
-    generation: Artifact
-    ids: Artifact | None
 
 
 def append_generation(config: RootConfig, request: Request, *, say: Say, warn: Say) -> Appended:
@@ -98,7 +90,7 @@ def append_generation(config: RootConfig, request: Request, *, say: Say, warn: S
 def bring_to_models(
     config: RootConfig, record: RunRecord, store: ArtifactStore, *, max_drift: float, say: Say, warn: Say
 ) -> tuple[list[Artifact], str]:
-    """Fuse and encode those generations of a run that its fusion network and quantizer have not seen.
+    """Fuse, encode and join to the item graphs those generations of a run that its models have not seen.
 
     Args:
         config: The run's own configuration.
@@ -118,13 +110,12 @@ def bring_to_models(
     if "path" not in record.stages.get("catalog", {}):
         return [], ""
     catalog = store.open(record.stages["catalog"]["path"])
-    noted = _noted(record, store, catalog)
+    noted = noted_generations(record, store, catalog)
     if not noted:
         return [], ""
     models = _models(record, store, catalog)
     if isinstance(models, str):
         return [], models
-    fusion, quantizer = models
     policy = config.quantizer
     recipe = {"collisions": policy.collisions, "capacity": policy.capacity, "max_drift": max_drift}
     quality = policy.quality.model_copy(update={"max_drift": max_drift})
@@ -132,43 +123,30 @@ def bring_to_models(
     inputs, ids = {"catalog": catalog}, dict[str, Artifact]()
     for number, one in enumerate(noted, 1):
         inputs[f"{GENERATION}-{number}"] = one.generation
-        fused = _what_is_there(store, one.entry.get("fused"))
-        wanted = {**inputs, "fusion": fusion}
+        fused = what_is_there(store, one.entry.get("fused"))
+        wanted = {**inputs, "fusion": models["fusion"]}
         if fused is None or fused.inputs != _prints(wanted):
-            fused = _make(config, record, store, FUSED_KIND, "qbrec.fusion.append:run", {}, wanted)
-        wanted = {**inputs, "quantizer": quantizer, "fused": fused, **ids}
+            fused = make_artifact(config, record, store, FUSED_KIND, "qbrec.fusion.append:run", {}, wanted)
+        wanted = {**inputs, "quantizer": models["quantizer"], "fused": fused, **ids}
         made = one.ids
         if made is None or made.inputs != _prints(wanted):
-            made = _make(config, record, store, IDS_KIND, "qbrec.quantizer.append.run:run", recipe, wanted)
-            one.entry.update(fused=_place(fused), ids=_place(made))
+            made = make_artifact(
+                config, record, store, IDS_KIND, "qbrec.quantizer.append.run:run", recipe, wanted
+            )
+            one.entry.update(fused=place_of(fused), ids=place_of(made))
             record.save()
             if made.meta["num_added"]:
                 say(f"✓ generation {number}: {made.meta['num_added']:,} new items have semantic IDs")
             _warn_of_drift(number, made, warn)
         ids[f"{IDS}-{number}"] = made
+        wanted = {**inputs, **models, "fused": fused, "ids": made}
+        if _has_content(models) and (one.alike is None or one.alike.inputs != _prints(wanted)):
+            alike = make_artifact(
+                config, record, store, ALIKE_KIND, "qbrec.neighbours.append:run", {}, wanted
+            )
+            one.entry["alike"] = place_of(alike)
+            record.save()
     return list(ids.values()), ""
-
-
-def with_generations(config: RootConfig, artifacts: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    """A run's artifacts by stage, beside them its generations: `generation-1`, `ids-1`, and so on.
-
-    IDs are there as far as they are of the run's quantizer. Nothing is made, nothing is owned.
-
-    Raises:
-        DataError: An artifact is missing or damaged.
-    """
-    found = dict(artifacts)
-    if "catalog" not in artifacts:
-        return found
-    store = ArtifactStore(Path(config.run.storage).resolve())
-    noted = _noted(RunRecord.load(run_directory(config)), store, artifacts["catalog"])
-    found |= {f"{GENERATION}-{n}": one.generation for n, one in enumerate(noted, 1)}
-    if "quantizer" in artifacts:
-        ids = current_ids(
-            artifacts["quantizer"], [one.generation for one in noted], [one.ids for one in noted]
-        )
-        found |= {f"{IDS}-{n}": artifact for n, artifact in enumerate(ids, 1)}
-    return found
 
 
 def _generation(
@@ -180,7 +158,7 @@ def _generation(
     from qbrec.engine.context import StageContext
 
     catalog = store.open(record.stages["catalog"]["path"])
-    noted = _noted(record, store, catalog)
+    noted = noted_generations(record, store, catalog)
     found = [one.generation for one in noted]
     off = len(record.extra.get("generations", [])) - len(found)
     if off:
@@ -202,31 +180,13 @@ def _generation(
         artifact = build_generation(ctx, frozen, view, request, sources=sources)
     artifact.verify()
     store.publish(artifact)
-    record.extra["generations"] = [*(one.entry for one in noted), _place(artifact)]
+    record.extra["generations"] = [*(one.entry for one in noted), place_of(artifact)]
     record.save()
     return artifact, GenerationsView(catalog, [*found, artifact]), True
 
 
-def _noted(record: RunRecord, store: ArtifactStore, catalog: Artifact) -> list[_Noted]:
-    """The generations that run.json names, as far as they belong to this catalogue."""
-    found = []
-    for entry in record.extra.get("generations", []):
-        generation = store.open(entry["path"])
-        if current_generations(catalog, [generation]):
-            found.append(_Noted(entry, generation, _what_is_there(store, entry.get("ids"))))
-    return found
-
-
-def _what_is_there(store: ArtifactStore, place: dict[str, str] | None) -> Artifact | None:
-    """An artifact that can be made again, unless it is gone or its manifest cannot be read."""
-    try:
-        return None if place is None else store.open(place["path"])
-    except DataError:
-        return None
-
-
-def _models(record: RunRecord, store: ArtifactStore, catalog: Artifact) -> tuple[Artifact, Artifact] | str:
-    """Fusion and quantizer of the run's catalogue, or which of them is missing."""
+def _models(record: RunRecord, store: ArtifactStore, catalog: Artifact) -> dict[str, Artifact] | str:
+    """Fusion, quantizer and, if they are there, item graphs of the run's catalogue; or what is missing."""
     found = {"catalog": catalog}
     for stage in ("fusion", "quantizer"):
         if "path" not in record.stages.get(stage, {}):
@@ -235,10 +195,22 @@ def _models(record: RunRecord, store: ArtifactStore, catalog: Artifact) -> tuple
         if any(artifact.inputs.get(name) != found[name].fingerprint for name in found):
             return f"the run's {stage} was made before its catalogue was built anew"
         found[stage] = artifact
-    return found["fusion"], found["quantizer"]
+    if "path" in record.stages.get("neighbours", {}):
+        graphs = store.open(record.stages["neighbours"]["path"])
+        if graphs.inputs == _prints(found):  # else older ones: the next `qbrec run` makes them anew
+            found["neighbours"] = graphs
+    del found["catalog"]
+    return found
 
 
-def _make(
+def _has_content(models: Mapping[str, Artifact]) -> bool:
+    """Whether the run's item graphs have views of content, which alone join new items to others."""
+    from qbrec.neighbours.append import content_views
+
+    return "neighbours" in models and bool(content_views(models["neighbours"]))
+
+
+def make_artifact(
     config: RootConfig,
     record: RunRecord,
     store: ArtifactStore,
@@ -247,7 +219,20 @@ def _make(
     recipe: dict[str, Any],
     inputs: Mapping[str, Artifact],
 ) -> Artifact:
-    """Run an entry point in this process, unless a killed one has left what it makes."""
+    """Run an entry point in this process, unless what it makes is there: a killed process may have left it.
+
+    Args:
+        config: The run's configuration.
+        record: Of the run, owned.
+        store: Its storage.
+        kind: Kind of the artifact.
+        entry: `module:function` with the signature `run(ctx, config, inputs) -> Artifact`.
+        recipe: What of the configuration shapes it.
+        inputs: What it is made of.
+
+    Raises:
+        QbrecError: What the entry point raises.
+    """
     from qbrec.engine.worker import Order, run_order
 
     key = artifact_key(kind, config=recipe, seed=config.run.seed, inputs=_prints(inputs))
@@ -286,7 +271,3 @@ def _warn_of_drift(number: int, ids: Artifact, warn: Say) -> None:
 
 def _prints(inputs: Mapping[str, Artifact]) -> dict[str, str]:
     return {name: artifact.fingerprint for name, artifact in inputs.items()}
-
-
-def _place(artifact: Artifact) -> dict[str, Any]:
-    return {"key": artifact.key, "path": str(artifact.path)}

@@ -253,8 +253,8 @@ class Pipeline:
         """Register the model unless this very one is registered; its version, None where switched off."""
         if not (self.config.registry.enabled and self.config.tracking.enabled):
             return None
-        from qbrec.append_run import with_generations
         from qbrec.registry.versions import register
+        from qbrec.run_generations import with_generations
 
         self.tracker.flush()  # the version hangs on the run's own MLflow run
         artifacts = with_generations(self.config, self.artifacts)

@@ -34,7 +34,8 @@ def append(
     marked until they are given again.
 
     The models of the run then learn of it without being trained: new items are fused by its network and get
-    semantic IDs by its codebooks, published IDs stay as they are, changed items keep theirs. From then on
+    semantic IDs by its codebooks, published IDs stay as they are, changed items keep theirs; the item graphs
+    join new items to those of like content. From then on
     `qbrec recommend`, `qbrec ids` and `qbrec register` know new items and leave out retired ones. A warning
     says when new items have drifted so far from the catalogue that the run should be trained anew
     (quantizer.quality.max_drift). A run that is not trained yet gives the IDs when it is: at the end of

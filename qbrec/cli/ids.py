@@ -79,9 +79,9 @@ def find(config_path: str | None, overrides: tuple[str, ...], prefix: str, limit
 
 def _open(config: RootConfig) -> tuple[GenerationsView, GrownIds]:
     """Items and IDs of a run, its generations among them."""
-    from qbrec.append_run import with_generations
     from qbrec.pipeline import finished_artifacts
     from qbrec.quantizer.append.grown_ids import GrownIds
+    from qbrec.run_generations import with_generations
     from qbrec.storage.generations import GenerationsView
     from qbrec.storage.id_table import GENERATION, IDS, numbered
 

@@ -24,6 +24,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("stages", "Stage 3: fine-tuning on the target domain."),
     "evaluate": ("stages", "Rank the whole catalogue for every user, beside the baselines."),
     "ablate": ("ablate", "What each part is worth: the run again without it."),
+    "coldstart": ("coldstart", "How well items that were never trained on are recommended."),
     "recommend": ("recommend", "Rank items for a history."),
     "ids": ("ids", "Show semantic IDs with their labels; find items by prefix."),
     "register": ("registry", "Register the run's model as @challenger."),

@@ -42,11 +42,11 @@ def recommend(
       qbrec recommend --config launch/quickstart.yaml --history i000000017 i000000230 --k 5
       qbrec recommend --config shop.yaml --history A1 --category Lamps --only in-stock.txt
     """
-    from qbrec.append_run import with_generations
     from qbrec.config import load_config
     from qbrec.pipeline import finished_artifacts
     from qbrec.registry.filters import read_ids
     from qbrec.registry.recommend import Recommender
+    from qbrec.run_generations import with_generations
 
     config = load_config(config_path, overrides=overrides)
     artifacts = with_generations(config, finished_artifacts(config))

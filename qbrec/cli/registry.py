@@ -20,10 +20,10 @@ def register(config_path: str | None, overrides: tuple[str, ...]) -> None:
     Example:
       qbrec register --config shop.yaml
     """
-    from qbrec.append_run import with_generations
     from qbrec.config import load_config
     from qbrec.pipeline import finished_artifacts
     from qbrec.registry.versions import register as register_run
+    from qbrec.run_generations import with_generations
     from qbrec.run_record import run_directory
 
     config = load_config(config_path, overrides=overrides)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qbrec.evaluation.protocol import TestSet
+from qbrec.storage.ragged import Ragged
 
 HEAD_SHARE = 0.2
 SHORT_HISTORY = 5
@@ -31,10 +32,7 @@ def test_slices(
     Returns:
         bool [B] by name.
     """
-    groups = np.asarray(near_duplicate_group)
-    owner = test.contexts.row_ids
-    same = groups[test.contexts.values] == groups[test.targets][owner]
-    duplicates = np.bincount(owner[same], minlength=len(test)) > 0
+    duplicates = saw_near_duplicate(test.contexts, test.targets, near_duplicate_group=near_duplicate_group)
     candidates = np.sort(test.ties[test.allowed])
     num_head = int(np.ceil(HEAD_SHARE * len(candidates)))
     head = test.ties[test.targets] <= candidates[num_head - 1]
@@ -48,6 +46,22 @@ def test_slices(
         "short": short,
         "long": ~short,
     }
+
+
+def saw_near_duplicate(
+    contexts: Ragged, targets: NDArray[np.int64], *, near_duplicate_group: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Whose history holds a near-duplicate of the target, bool [B].
+
+    Args:
+        contexts: B rows of item rows.
+        targets: Item row sought, [B].
+        near_duplicate_group: First row of the near-duplicates of each item, [N].
+    """
+    groups, owner = np.asarray(near_duplicate_group), contexts.row_ids
+    same = groups[contexts.values] == groups[targets][owner]
+    found: NDArray[np.bool_] = np.bincount(owner[same], minlength=len(contexts)) > 0
+    return found
 
 
 test_slices.__test__ = False  # type: ignore[attr-defined]  # pytest: no test

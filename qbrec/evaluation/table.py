@@ -32,22 +32,22 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         lines.append("─" * len(_row("", ["x"] * len(SHOWN)).ljust(NAME_WIDTH + CELL_WIDTH * len(SHOWN))))
         for model in models:
             cells = metrics["models"][model][mode]
-            lines.append(_row(model, [_with_interval(cells[name]) for name in SHOWN]))
+            lines.append(_row(model, [with_interval(cells[name]) for name in SHOWN]))
             if model in metrics["seeds"]:
                 spread = metrics["seeds"][model][mode]
                 count = len(spread[SHOWN[0]]["values"])
-                lines.append(_row(f"  ± {count} seeds", [_number(spread[name]["sd"]) for name in SHOWN]))
+                lines.append(_row(f"  ± {count} seeds", [number(spread[name]["sd"]) for name in SHOWN]))
         for model in models:
             if model in metrics["paired"]:
                 cells = metrics["paired"][model][mode]
-                lines.append(_row(f"  vs {model}", [_difference(cells[name]) for name in SHOWN]))
-                lines.append(_row("", [_signed_interval(cells[name]) for name in SHOWN]))
+                lines.append(_row(f"  vs {model}", [difference(cells[name]) for name in SHOWN]))
+                lines.append(_row("", [signed_interval(cells[name]) for name in SHOWN]))
     lines += ["", "coverage@10     " + "   ".join(f"{m} {metrics['coverage'][m]:.1%}" for m in models)]
     parts = [f"{name} {part['num_users']:,}" for name, part in metrics["slices"].items() if name != "all"]
     lines.append("users by slice  " + "   ".join(parts))
     duplicates = metrics["slices"]["non_duplicate"]["models"]
     if duplicates:
-        values = "   ".join(f"{m} {_number(duplicates[m]['removed']['ndcg@10']['mean'])}" for m in models)
+        values = "   ".join(f"{m} {number(duplicates[m]['removed']['ndcg@10']['mean'])}" for m in models)
         share = f"{protocol['duplicate_share']:.1%} of the users saw a near-duplicate of their target"
         lines += [f"{share}; NDCG@10 of the others:", f"  {values}"]
     if metrics["paired"]:
@@ -59,22 +59,26 @@ def _row(name: str, cells: list[str]) -> str:
     return (name.ljust(NAME_WIDTH) + "".join(cell.ljust(CELL_WIDTH) for cell in cells)).rstrip()
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """`.0873`, `1.000`."""
     text = f"{value:.4f}"
     return text[1:] if text.startswith("0.") else text[:5]
 
 
 def _signed(value: float) -> str:
-    return ("-" if value < 0 else "+") + _number(abs(value))
+    return ("-" if value < 0 else "+") + number(abs(value))
 
 
-def _with_interval(cell: Mapping[str, float]) -> str:
-    return f"{_number(cell['mean'])} {_number(cell['low'])}-{_number(cell['high'])}"
+def with_interval(cell: Mapping[str, float]) -> str:
+    """`.0873 .0820-.0926`."""
+    return f"{number(cell['mean'])} {number(cell['low'])}-{number(cell['high'])}"
 
 
-def _difference(cell: Mapping[str, float]) -> str:
+def difference(cell: Mapping[str, float]) -> str:
+    """`+.0042*`; * where the interval excludes 0."""
     return _signed(cell["mean"]) + ("*" if cell["low"] > 0 or cell["high"] < 0 else "")
 
 
-def _signed_interval(cell: Mapping[str, float]) -> str:
+def signed_interval(cell: Mapping[str, float]) -> str:
+    """`+.0021 +.0063`."""
     return f"{_signed(cell['low'])} {_signed(cell['high'])}"

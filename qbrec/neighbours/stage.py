@@ -50,7 +50,8 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         for name, vectors in _content(catalog, inputs["fusion"]):
             progress = ctx.progress(len(rows), f"nearest neighbours: {name}")
             found = alike(ctx, vectors[rows], keep=config.ranking.alike, cells=cells, on_rows=progress.update)
-            views[name] = _among_all(found, rows, num_items=catalog.num_items)
+            whole = catalog.num_items, catalog.num_items
+            views[name] = among_all(found, rows=rows, columns=rows, shape=whole)
             progress.close()
     writer = ctx.writer()
     meta: dict[str, Any] = {"arrows": {name: int(graph.nnz) for name, graph in views.items()}}
@@ -68,23 +69,37 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
 
 def _content(catalog: CatalogView, fusion: Artifact) -> Iterator[tuple[str, NDArray[np.float16]]]:
     """Content views by name, float16 [N, D]; zeros where an item lacks one."""
-    items = catalog.items()
-    for name in catalog.artifact.meta["modalities"]:
-        yield name, _first_tokens(items, name, int(catalog.artifact.meta["modalities"][name]["dim"]))
-    fused = BlockSet.open(fusion, FUSED).column(FUSED, 0, catalog.num_items)
+    for name in (*catalog.artifact.meta["modalities"], FUSED):
+        yield name, content_of_catalog(name, catalog, fusion)
+
+
+def content_of_catalog(view: str, catalog: CatalogView, fusion: Artifact) -> NDArray[np.float16]:
+    """One content view of all items, float16 [N, D]; zeros where an item lacks it."""
+    if view != FUSED:
+        return first_tokens(catalog.items(), view, int(catalog.artifact.meta["modalities"][view]["dim"]))
+    fused: NDArray[np.float16] = BlockSet.open(fusion, FUSED).column(FUSED, 0, catalog.num_items)
+    return fused - shared_part(fused)
+
+
+def shared_part(fused: NDArray[np.float16]) -> NDArray[np.float16]:
+    """Mean of the catalogue's fused vectors, [D], to be taken off them."""
     # What all items share says nothing of any: without it the cosines spread.
-    yield FUSED, fused - fused.mean(0, dtype=np.float32).astype(np.float16)
+    mean: NDArray[np.float16] = fused.mean(0, dtype=np.float32).astype(np.float16)
+    return mean
 
 
-def _among_all(graph: sp.csr_matrix, rows: NDArray[np.int64], *, num_items: int) -> sp.csr_matrix:
-    """A graph of some items as one of all of them."""
-    lengths = np.zeros(num_items, np.int64)
+def among_all(
+    graph: sp.csr_matrix, *, rows: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int]
+) -> sp.csr_matrix:
+    """A graph of some items, whose rows and columns these are, as one of all of them."""
+    lengths = np.zeros(shape[0], np.int64)
     lengths[rows] = np.diff(graph.indptr)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    return sp.csr_matrix((graph.data, rows[graph.indices], indptr), shape=(num_items, num_items))
+    return sp.csr_matrix((graph.data, columns[graph.indices], indptr), shape=shape)
 
 
-def _first_tokens(items: BlockSet, name: str, dim: int) -> NDArray[np.float16]:
+def first_tokens(items: BlockSet, name: str, dim: int) -> NDArray[np.float16]:
+    """First feature token of every sample of some blocks, float16 [n, dim]; zeros where it has none."""
     field = RaggedField(f"feature.{name}", counts=f"tokens.{name}")
     out = np.zeros((items.num_samples, dim), np.float16)
     for begin in range(0, len(out), READ_ROWS):

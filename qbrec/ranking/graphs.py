@@ -5,11 +5,12 @@ very next item), `together` (in the same history, whatever the order), and one `
 (nearest neighbours by cosine: titles, pictures, fused vectors).
 Two steps reach further than one: what follows the followers, what is like the followers, what follows items
 like those of the history. The last two give items with few interactions, or none, a place beside their kin.
+Items appended to the catalogue later have arrows of content only: `ItemGraphs.grown`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,8 +19,10 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from qbrec.errors import DataError
 from qbrec.ranking.cooccurrence import FOLLOWS, NEXT, TOGETHER, co_occurrence, recency
 from qbrec.storage.artifact import Artifact
+from qbrec.storage.id_table import ALIKE_KIND
 from qbrec.storage.ragged import Ragged
 
 POPULARITY_POWER = 0.1  # how much a candidate's popularity is discounted
@@ -40,12 +43,14 @@ class ItemGraphs:
         next: The same of the very next item only.
         together: Pairs of places in a history that hold both / sqrt((pop_i + 1) · (pop_j + 1)).
         alike: By content view: squared cosine of each item's nearest neighbours.
+        back: By content view: the same from items of the catalogue to items appended later.
     """
 
     follows: sp.csr_matrix
     next: sp.csr_matrix
     together: sp.csr_matrix
     alike: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
+    back: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
 
     @classmethod
     def fit(
@@ -60,6 +65,26 @@ class ItemGraphs:
             graphs.append(strongest(matrix.tocsr().astype(np.float32), keep))
         follows, after, together = graphs
         return cls(follows, after, together, alike or {})
+
+    def grown(self, rows: Mapping[str, sp.csr_matrix]) -> ItemGraphs:
+        """The graphs with M appended items, whose arrows lead to items of the catalogue that they are like.
+
+        Paths between items of the catalogue stay as they are. An appended item is reached through its own
+        list, and directly from those items on it that are as near to it as to the last one of a full list of
+        theirs: it would be on that list, had it been there.
+
+        Args:
+            rows: By content view, float32 CSR [M, N].
+
+        Returns:
+            Graphs over N + M items, the appended ones last.
+        """
+        assert rows.keys() == self.alike.keys()
+        size = self.num_items + max(graph.shape[0] for graph in rows.values())
+        follows, after, together = (_padded(getattr(self, name), size) for name in COUNTED)
+        alike = {v: _padded(sp.vstack([graph, rows[v]], "csr"), size) for v, graph in self.alike.items()}
+        back = {v: _pointing_back(graph, rows[v], size) for v, graph in self.alike.items()}
+        return ItemGraphs(follows, after, together, alike, back)
 
     @property
     def num_items(self) -> int:
@@ -94,9 +119,12 @@ class ItemGraphs:
             steps(walk, self._following),
         ]
         for view, graph in self.alike.items():
+            direct = steps(far, graph)
+            if view in self.back:
+                direct = (direct + steps(far, self.back[view])).tocsr()
             like = strongest(steps(near, self._like[view]), WALK)
             found += [
-                steps(far, graph),
+                direct,
                 steps(walk, self._liked_by[view]),
                 steps(like, self._following),
             ]
@@ -120,42 +148,108 @@ class ItemGraphs:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What is kept, by graph and part: `follows.indptr` int64, `.indices` int32, `.data` float32."""
-        graphs = {name: getattr(self, name) for name in COUNTED}
-        graphs |= {f"alike.{view}": graph for view, graph in self.alike.items()}
-        return {
-            f"{name}.{part}": getattr(graph, part).astype(kind)
-            for name, graph in graphs.items()
-            for part, kind in _PARTS.items()
-        }
+        assert not self.back, "appended items are kept with their generation"
+        return parts_of({name: getattr(self, name) for name in COUNTED} | with_prefix(self.alike))
 
     @classmethod
-    def load(cls, artifact: Artifact) -> ItemGraphs:
+    def load(cls, artifact: Artifact, appended: Sequence[Artifact] = ()) -> ItemGraphs:
         """From a `neighbours` artifact.
 
+        Args:
+            artifact: The graphs of the catalogue.
+            appended: Rows of the generations appended since, oldest first; the last ones may have none yet.
+
         Raises:
-            DataError: It is damaged.
+            DataError: An artifact is damaged, or the rows do not go on from the graphs.
         """
-        graphs = cls.from_arrays({k: v.numpy() for k, v in artifact.load_safetensors(GRAPHS).items()})
+        graphs = cls.from_arrays(_arrays(artifact))
+        if appended:
+            graphs = graphs.grown(_appended_rows(artifact, appended, num_items=graphs.num_items))
         _ = graphs._following, graphs._like, graphs._liked_by  # now, not within somebody's first request
         return graphs
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ItemGraphs:
         """What `arrays` gave."""
-        names = [name.removesuffix(".indptr") for name in arrays if name.endswith(".indptr")]
-        graphs = {name: _csr({part: arrays[f"{name}.{part}"] for part in _PARTS}) for name in names}
-        views = {name.removeprefix("alike."): g for name, g in graphs.items() if name.startswith("alike.")}
-        return cls(graphs["follows"], graphs["next"], graphs["together"], views)
+        graphs = graphs_of(arrays)
+        return cls(graphs["follows"], graphs["next"], graphs["together"], without_prefix(graphs))
 
 
 COUNTED = ("follows", "next", "together")
 _SPARSE = 20  # arrows that are followed at most, as a share of the items, for a product to be made compact
+_ALIKE = "alike."
 _PARTS = {"indptr": np.int64, "indices": np.int32, "data": np.float32}
 
 
-def _csr(parts: Mapping[str, NDArray[Any]]) -> sp.csr_matrix:
-    size = len(parts["indptr"]) - 1
-    return sp.csr_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=(size, size))
+def parts_of(graphs: Mapping[str, sp.csr_matrix]) -> dict[str, NDArray[Any]]:
+    """Graphs as arrays by graph and part, see `ItemGraphs.arrays`."""
+    return {
+        f"{name}.{part}": getattr(graph, part).astype(kind)
+        for name, graph in graphs.items()
+        for part, kind in _PARTS.items()
+    }
+
+
+def graphs_of(
+    arrays: Mapping[str, NDArray[Any]], *, num_columns: int | None = None
+) -> dict[str, sp.csr_matrix]:
+    """What `parts_of` was given; square unless the number of columns is said."""
+    found = {}
+    for name in (name.removesuffix(".indptr") for name in arrays if name.endswith(".indptr")):
+        data, indices, indptr = (arrays[f"{name}.{part}"] for part in ("data", "indices", "indptr"))
+        rows = len(indptr) - 1
+        found[name] = sp.csr_matrix((data, indices, indptr), shape=(rows, num_columns or rows))
+    return found
+
+
+def with_prefix(views: Mapping[str, sp.csr_matrix]) -> dict[str, sp.csr_matrix]:
+    """Graphs of content views by the names under which they are kept."""
+    return {f"{_ALIKE}{view}": graph for view, graph in views.items()}
+
+
+def without_prefix(graphs: Mapping[str, sp.csr_matrix]) -> dict[str, sp.csr_matrix]:
+    """Graphs of content views among graphs by the names under which they are kept."""
+    return {name.removeprefix(_ALIKE): graph for name, graph in graphs.items() if name.startswith(_ALIKE)}
+
+
+def _arrays(artifact: Artifact) -> dict[str, NDArray[Any]]:
+    return {name: tensor.numpy() for name, tensor in artifact.load_safetensors(GRAPHS).items()}
+
+
+def _appended_rows(
+    neighbours: Artifact, appended: Sequence[Artifact], *, num_items: int
+) -> dict[str, sp.csr_matrix]:
+    """Rows [M, N] of all generations together, by content view."""
+    parts, first = [], num_items
+    for number, artifact in enumerate(appended, 1):
+        ours = artifact.kind == ALIKE_KIND and artifact.inputs.get("neighbours") == neighbours.fingerprint
+        if not ours or artifact.meta["first_row"] != first:
+            raise DataError(
+                f"the graph rows of generation {number} do not go on from the item graphs",
+                where=str(artifact.path),
+                fix="bring the run up to date with `qbrec run`, then register it again",
+            )
+        parts.append(without_prefix(graphs_of(_arrays(artifact), num_columns=num_items)))
+        first += artifact.meta["num_added"]
+    return {view: sp.vstack([part[view] for part in parts], "csr") for view in parts[0]}
+
+
+def _padded(graph: sp.csr_matrix, size: int) -> sp.csr_matrix:
+    """The same arrows among `size` items."""
+    indptr = np.pad(graph.indptr, (0, size + 1 - len(graph.indptr)), mode="edge")
+    return sp.csr_matrix((graph.data, graph.indices, indptr), shape=(size, size))
+
+
+def _pointing_back(graph: sp.csr_matrix, rows: sp.csr_matrix, size: int) -> sp.csr_matrix:
+    """From items of the catalogue to appended ones that would be on their lists, CSR [size, size]."""
+    lengths = np.diff(graph.indptr)
+    weakest = np.zeros(len(lengths), np.float32)
+    full = np.flatnonzero((lengths > 0) & (lengths == lengths.max(initial=0)))  # the others have room
+    weakest[full] = np.minimum.reduceat(np.append(graph.data, np.inf), graph.indptr[:-1])[full]
+    arrows = rows.tocoo()
+    kept = arrows.data >= weakest[arrows.col]
+    places = arrows.col[kept], arrows.row[kept] + graph.shape[0]
+    return sp.csr_matrix((arrows.data[kept], places), shape=(size, size))
 
 
 def _shares(graph: sp.csr_matrix) -> sp.csr_matrix:

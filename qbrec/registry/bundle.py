@@ -19,7 +19,7 @@ from qbrec.ranking.graphs import GRAPHS
 from qbrec.sequence.bonus import BONUS_FILE
 from qbrec.sequence.item_codes import ITEM_CODES
 from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore, write_atomic
-from qbrec.storage.id_table import GENERATION, IDS, numbered
+from qbrec.storage.id_table import ALIKE, GENERATION, IDS, numbered
 from qbrec.storage.token_table import MODALITY_CODES, SEMANTIC_IDS
 
 BUNDLE_FILE = "bundle.json"
@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "finetune": ("encoder.safetensors", "encoder.json", ITEM_CODES, BONUS_FILE),
     "evaluation": ("metrics.json", "ranks.parquet"),
 }
-# The same of every generation: generation-1, ids-1, generation-2, …
+# The same of every generation: generation-1, ids-1, alike-1, generation-2, …
 GENERATION_PARTS: dict[str, tuple[str, ...]] = {
     GENERATION: (
         "items.arrow",
@@ -53,6 +53,7 @@ GENERATION_PARTS: dict[str, tuple[str, ...]] = {
         "restored.npy",
     ),
     IDS: (SEMANTIC_IDS, MODALITY_CODES, "drift.json"),
+    ALIKE: (GRAPHS,),
 }
 
 
@@ -63,7 +64,7 @@ def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Ar
         folder: Where to; made if missing.
         config: The run's configuration (target domain, ranking, size limit).
         artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`, and the generations appended since:
-            `generation-1`, `ids-1`, `generation-2`, …
+            `generation-1`, `ids-1`, `alike-1`, `generation-2`, …
         card: The model card, Markdown.
 
     Raises:

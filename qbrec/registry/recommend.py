@@ -15,7 +15,7 @@ from qbrec.config.stages import RankingConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.registry.bundle import open_served, read_bundle, require
 from qbrec.storage.artifact import Artifact
-from qbrec.storage.id_table import GENERATION, IDS, IdTable, numbered
+from qbrec.storage.id_table import ALIKE, GENERATION, IDS, IdTable, numbered
 from qbrec.storage.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Recommender:
 
         Args:
             artifacts: `catalog`, `quantizer`, `finetune`, `neighbours` where the run has them, and the
-                generations appended since: `generation-1`, `ids-1`, `generation-2`, …
+                generations appended since: `generation-1`, `ids-1`, `alike-1`, `generation-2`, …
             ranking: The run's ranking configuration.
             domain: None: the catalogue's target domain.
 
@@ -126,6 +126,7 @@ class Recommender:
             scorer=load_scorer(
                 finetune,
                 artifacts.get("neighbours"),
+                appended=numbered(artifacts, ALIKE),
                 semantic_ids=table.tokens,
                 chunk_items=ranking.chunk_items,
             ),

@@ -19,7 +19,7 @@ from qbrec.registry.metrics import qbrec_means
 from qbrec.registry.model import BUNDLE_ARTIFACT, log_bundle
 from qbrec.registry.recommend import Recommender
 from qbrec.storage.artifact import Artifact
-from qbrec.storage.id_table import GENERATION, IDS, numbered
+from qbrec.storage.id_table import ALIKE, GENERATION, IDS, numbered
 from qbrec.tracking.client import connect, tracking_uri
 from qbrec.tracking.flatten import safe_name
 from qbrec.tracking.state import load_state
@@ -42,7 +42,7 @@ def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact
         config: The run's configuration.
         run_dir: Its directory; the MLflow run of its tracking, if any, becomes the version's source.
         artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`, and the generations appended since:
-            `generation-1`, `ids-1`, `generation-2`, …
+            `generation-1`, `ids-1`, `alike-1`, `generation-2`, …
 
     Returns:
         The version number, as MLflow writes it.
@@ -92,8 +92,8 @@ def _log(config: RootConfig, run_dir: Path, bundle: Path, *, experiment: str, ta
 
 
 def _generations_print(artifacts: Mapping[str, Artifact]) -> str:
-    """SHA-256 over the fingerprints of all generations and their IDs."""
-    found = [*numbered(artifacts, GENERATION), *numbered(artifacts, IDS)]
+    """SHA-256 over the fingerprints of all generations, their IDs and their rows of the item graphs."""
+    found = [one for name in (GENERATION, IDS, ALIKE) for one in numbered(artifacts, name)]
     if not found:
         return NO_GENERATIONS
     return hashlib.sha256("".join(artifact.fingerprint for artifact in found).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,15 @@ def save_bonus(writer: ArtifactWriter, bonus: Bonus, table: dict[str, float]) ->
     writer.save_json(BONUS_FILE, {"weights": weights, "validation_ndcg@10": table})
 
 
-def load_bonus(finetune: Artifact, neighbours: Artifact | None) -> Bonus | None:
+def load_bonus(
+    finetune: Artifact, neighbours: Artifact | None, appended: Sequence[Artifact] = ()
+) -> Bonus | None:
     """The bonus of a run; None where it has none, or where validation wanted none.
+
+    Args:
+        finetune: Of fine-tuning.
+        neighbours: The item graphs, if there are any.
+        appended: Their rows of the generations appended since, oldest first; items without get no bonus.
 
     Raises:
         DataError: A file is damaged, or the graphs are not those that the weights were fitted on.
@@ -87,7 +95,7 @@ def load_bonus(finetune: Artifact, neighbours: Artifact | None) -> Bonus | None:
     weights = finetune.load_json(BONUS_FILE)["weights"]
     if not any(weights.values()):
         return None
-    graphs = ItemGraphs.load(neighbours)
+    graphs = ItemGraphs.load(neighbours, appended)
     return Bonus(graphs, tuple(float(weights[name]) for name in graphs.names))
 
 
@@ -95,6 +103,7 @@ def load_scorer(
     finetune: Artifact,
     neighbours: Artifact | None = None,
     *,
+    appended: Sequence[Artifact] = (),
     semantic_ids: NDArray[Any],
     chunk_items: int,
     device: torch.device | str = "cpu",
@@ -104,6 +113,7 @@ def load_scorer(
     Args:
         finetune: Of fine-tuning, or its part of a bundle.
         neighbours: The item graphs that it was fine-tuned beside, if there are any.
+        appended: Rows of these graphs, `alike-1`, … of the generations appended since.
         semantic_ids: Codes of all items [N, L], without item codes.
         chunk_items: Items scored at once.
         device: Where the encoder shall run.
@@ -114,5 +124,5 @@ def load_scorer(
     codes = codes_read(finetune, semantic_ids)
     encoder = SequenceRecommender(load_encoder(finetune).to(device), semantic_ids=codes, device=device)
     scorer = FactorisedScorer(encoder, semantic_ids=codes, chunk_items=chunk_items)
-    bonus = load_bonus(finetune, neighbours)
+    bonus = load_bonus(finetune, neighbours, appended)
     return scorer if bonus is None else BonusScorer(scorer, bonus)

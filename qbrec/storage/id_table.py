@@ -20,7 +20,9 @@ from qbrec.storage.token_table import MODALITY_CODES, SEMANTIC_IDS, token_table
 
 KIND = "id_generation"
 FUSED_KIND = "fused_generation"  # what the IDs of a generation are made of
-GENERATION, IDS = "generation", "ids"  # artifacts by name: generation-1, ids-1, generation-2, …
+ALIKE_KIND = "alike_generation"  # rows of the item graphs of a generation
+# Artifacts by name: generation-1, ids-1, alike-1, generation-2, …
+GENERATION, IDS, ALIKE = "generation", "ids", "alike"
 
 
 class IdTable:
@@ -106,4 +108,23 @@ def current_ids(
             break
         chain[f"{IDS}-{number}"] = ids.fingerprint
         kept.append(ids)
+    return kept
+
+
+def current_alike(
+    neighbours: Artifact, ids: Sequence[Artifact], found: Sequence[Artifact | None]
+) -> list[Artifact]:
+    """Graph rows that still hold: of the first generations, beside these item graphs and these IDs.
+
+    Args:
+        neighbours: The run's item graphs.
+        ids: IDs of the generations that have current ones, oldest first.
+        found: What was noted as the graph rows of each generation, in their order.
+    """
+    kept: list[Artifact] = []
+    for one, alike in zip(ids, found, strict=False):
+        wanted = {"neighbours": neighbours.fingerprint, "ids": one.fingerprint}
+        if alike is None or not wanted.items() <= alike.inputs.items():
+            break
+        kept.append(alike)
     return kept

@@ -17,18 +17,25 @@ from qbrec.engine.context import StageContext
 from qbrec.engine.launch import process_group
 from qbrec.fusion import append as fusion_append
 from qbrec.fusion import stage as fusion_stage
+from qbrec.neighbours import append as neighbours_append
+from qbrec.neighbours import stage as neighbours_stage
 from qbrec.quantizer import stage as quantizer_stage
 from qbrec.quantizer.append import run as quantizer_append
+from qbrec.ranking.bonus import Bonus
+from qbrec.ranking.graphs import ItemGraphs
+from qbrec.sequence.bonus import save_bonus
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.recommender import save_encoder
 from qbrec.sequence.vocabulary import Vocabulary
+from qbrec.stages import STAGES
 from qbrec.storage.artifact import Artifact, ArtifactStore, ArtifactWriter
 from qbrec.storage.blocks import BlockTarWriter, write_block_index
 from qbrec.storage.generations import GenerationsView
 from qbrec.storage.hashing import hash64
-from qbrec.storage.id_table import FUSED_KIND, IdTable, numbered
+from qbrec.storage.id_table import ALIKE_KIND, FUSED_KIND, IdTable, numbered
 from qbrec.storage.id_table import KIND as IDS_KIND
 from qbrec.storage.token_table import token_table
+from tests.support.sequence_inputs import write_histories
 
 DIM = 12
 BLOCK = 40
@@ -93,6 +100,10 @@ def write_catalog(root: Path, items: Sequence[Item], *, collapsed: Sequence[str]
     _, first, of = np.unique(contents, return_index=True, return_inverse=True)
     writer.save_npy("duplicates.npy", first[of])
     writer.save_npy("near_duplicates.npy", first[of])
+    rng = np.random.default_rng(11)
+    walks = [rng.integers(0, len(items), rng.integers(2, 9)) for _ in range(60)]
+    ends = np.array([[len(walk), len(walk)] for walk in walks], np.int32)
+    write_histories(writer.path, walks, domains=np.zeros(len(walks), np.uint8), cut=ends)
     writer.save_npy("retired.npy", np.array([item.name in collapsed for item in items]))
     vectors = np.stack([item.vector for item in items if item.vector is not None]).astype(np.float32)
     writer.save_safetensors(
@@ -118,13 +129,32 @@ def train(root: Path, catalog: Artifact, config: RootConfig, name: str = "a") ->
     with process_group(config):
         found["fusion"] = fusion or fusion_stage.run(context(root, "fusion", "a"), config, found)
         found["quantizer"] = quantizer_stage.run(context(root, "quantizer", name), config, found)
+    found["finetune"] = _untrained(context(root, "finetune", name), config, found)
+    return found
+
+
+def with_bonus(root: Path, found: Mapping[str, Artifact], config: RootConfig) -> dict[str, Artifact]:
+    """The same models beside item graphs, each path of which has a weight."""
+    found = {name: found[name] for name in ("catalog", "fusion", "quantizer")}
+    ctx = context(root, "neighbours", found["quantizer"].key)
+    ctx.recipe = STAGES["neighbours"].recipe(config)
+    found["neighbours"] = neighbours_stage.run(ctx, config, found)
+    graphs = ItemGraphs.load(found["neighbours"])
+    bonus = Bonus(graphs, tuple(1.0 + n / 10 for n in range(len(graphs.names))))
+    ctx = context(root, "finetune", found["neighbours"].key)
+    return {**found, "finetune": _untrained(ctx, config, found, bonus)}
+
+
+def _untrained(
+    ctx: StageContext, config: RootConfig, found: Mapping[str, Artifact], bonus: Bonus | None = None
+) -> Artifact:
     torch.manual_seed(0)
-    ctx = context(root, "finetune", name)
     writer = ctx.writer()
     levels = token_table(found["quantizer"]).sizes
     save_encoder(writer, SequenceEncoder(config.sequence, Vocabulary(levels, ("shop", "books"))))
-    found["finetune"] = ctx.commit(writer, meta={}, inputs=found)
-    return found
+    if bonus is not None:
+        save_bonus(writer, bonus, {})
+    return ctx.commit(writer, meta={}, inputs=found)
 
 
 def append(
@@ -171,13 +201,19 @@ def learn(
         ids = {f"ids-{n}": artifact for n, artifact in enumerate(numbered(out, "ids"), 1)}
         if f"ids-{number}" in out:
             continue
-        name = hashlib.sha256((generation.artifact.path.name + found["quantizer"].key).encode()).hexdigest()
+        name = generation.artifact.path.name + found["finetune"].key
         ctx = context(root, FUSED_KIND, name)
         fused = fusion_append.run(ctx, config, {**inputs, "fusion": found["fusion"]})
         out[f"fused-{number}"] = fused
         ctx = context(root, IDS_KIND, name)
         wanted = {**inputs, "quantizer": found["quantizer"], "fused": fused, **ids}
-        out[f"ids-{number}"] = quantizer_append.run(ctx, config, wanted)
+        out[f"ids-{number}"] = made = quantizer_append.run(ctx, config, wanted)
+        if "neighbours" in found:
+            models = {name: found[name] for name in ("fusion", "quantizer", "neighbours")}
+            ctx = context(root, ALIKE_KIND, name)
+            out[f"alike-{number}"] = neighbours_append.run(
+                ctx, config, {**inputs, **models, "fused": fused, "ids": made}
+            )
     return out
 
 

@@ -30,22 +30,7 @@ def make_inputs(root: Path, *, num_users: int = 90, seed: int = 0) -> dict[str, 
 
     writer = store.writer("catalog", "c" * 64)
     writer.prepare()
-    tar = BlockTarWriter(writer.path, prefix="histories")
-    for begin in range(0, num_users, BLOCK):
-        part = slice(begin, min(begin + BLOCK, num_users))
-        flat = np.concatenate(histories[part]).astype(np.int64)
-        tar.add(
-            {
-                "user": np.arange(begin, part.stop),
-                "domain": domains[part],
-                "offset": np.concatenate([[0], np.cumsum(lengths[part])]),
-                "row": flat,
-                "time": flat,
-                "cut": cut[part],
-            },
-            part.stop - begin,
-        )
-    write_block_index(writer.path / "blocks.histories.npy", [tar.close()])
+    write_histories(writer.path, histories, domains=domains, cut=cut)
     trained = np.concatenate([rows[: c[0]] for rows, c in zip(histories, cut, strict=True)])
     writer.save_npy("train_counts.npy", np.bincount(trained, minlength=2 * ITEMS).astype(np.int64))
     writer.save_npy("item_domain.npy", np.repeat(np.arange(2, dtype=np.uint8), ITEMS))
@@ -64,3 +49,24 @@ def make_inputs(root: Path, *, num_users: int = 90, seed: int = 0) -> dict[str, 
     writer.save_safetensors("codebooks.safetensors", {name: book.float() for name, book in codebooks.items()})
     quantizer = writer.commit(meta={"levels": list(LEVELS)}, inputs={}, config={}, seed=0)
     return {"catalog": catalog, "quantizer": quantizer}
+
+
+def write_histories(path: Path, histories: list[np.ndarray], *, domains: np.ndarray, cut: np.ndarray) -> None:
+    """The blocks of histories of a catalogue."""
+    lengths = np.array([len(rows) for rows in histories])
+    tar = BlockTarWriter(path, prefix="histories")
+    for begin in range(0, len(histories), BLOCK):
+        part = slice(begin, min(begin + BLOCK, len(histories)))
+        flat = np.concatenate(histories[part]).astype(np.int64)
+        tar.add(
+            {
+                "user": np.arange(begin, part.stop),
+                "domain": domains[part],
+                "offset": np.concatenate([[0], np.cumsum(lengths[part])]),
+                "row": flat,
+                "time": flat,
+                "cut": cut[part],
+            },
+            part.stop - begin,
+        )
+    write_block_index(path / "blocks.histories.npy", [tar.close()])

@@ -16,11 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qbrec.append_run import append_generation, bring_to_models, with_generations
+from qbrec.append_run import append_generation, bring_to_models
 from qbrec.catalog.append.run import Request
 from qbrec.config import RootConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.fusion.embed import FusionEncoder
+from qbrec.neighbours import stage as neighbours_stage
 from qbrec.quantizer.append.beside import Taken, place_beside
 from qbrec.quantizer.append.drift import drift_figures
 from qbrec.quantizer.append.grown_ids import GrownIds
@@ -28,19 +29,32 @@ from qbrec.quantizer.modality import ModalityQuantizer
 from qbrec.quantizer.quantizer import Quantizer
 from qbrec.quantizer.rvq import Codebooks
 from qbrec.ranking.bonus import Bonus, BonusScorer
-from qbrec.ranking.graphs import ItemGraphs
+from qbrec.ranking.graphs import GRAPHS, ItemGraphs, _appended_rows, graphs_of, without_prefix
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.registry.bundle import open_served, write_bundle
 from qbrec.registry.card import model_card
 from qbrec.registry.recommend import Recommender
+from qbrec.run_generations import with_generations
 from qbrec.run_record import RunRecord, run_directory
+from qbrec.sequence.bonus import load_scorer
+from qbrec.stages import STAGES
 from qbrec.storage.artifact import Artifact, ArtifactStore
-from qbrec.storage.blocks import BlockSet
+from qbrec.storage.blocks import BlockSet, RaggedField
 from qbrec.storage.generations import GenerationsView
-from qbrec.storage.id_table import IdTable, current_ids, numbered
+from qbrec.storage.id_table import IdTable, current_alike, current_ids, numbered
 from qbrec.storage.ragged import Ragged
 from tests.support import grown_shop
-from tests.support.grown_shop import Item, append, configuration, draw, id_table, learn, train, write_catalog
+from tests.support.grown_shop import (
+    Item,
+    append,
+    configuration,
+    draw,
+    id_table,
+    learn,
+    train,
+    with_bonus,
+    write_catalog,
+)
 
 OLD = draw(400, "i", seed=0) + draw(100, "b", seed=1, domain="books")
 
@@ -489,6 +503,134 @@ def test_the_bonus_knows_only_what_was_trained_on() -> None:
     assert (scores[0, :6] > alone[0, :6]).any()
 
 
+@pytest.fixture(scope="module")
+def joined(root: Path, trained: dict[str, Artifact], grown: dict[str, Artifact]) -> dict[str, Artifact]:
+    """The same generations of a run with item graphs."""
+    config = configuration(root)
+    return learn(root, view_of(grown), with_bonus(root, trained, config), config)
+
+
+def content(artifacts: Mapping[str, Artifact], name: str, generation: int) -> np.ndarray[Any, Any]:
+    """A content view of the catalogue (0) or of a generation's new items, float32."""
+    source = artifacts["fusion" if not generation else f"fused-{generation}"]
+    if name == "fused":
+        mean = BlockSet.open(artifacts["fusion"], "fused").column("fused").astype(np.float32).mean(0)
+        fused = BlockSet.open(source, "fused")
+        rows = fused.column("row")
+        new = rows >= artifacts[f"generation-{generation}"].meta["first_row"] if generation else rows >= 0
+        return fused.column("fused")[new].astype(np.float32) - mean
+    view = GenerationsView(artifacts["catalog"], numbered(artifacts, "generation")[:generation])
+    first, end = view.first_rows[generation : generation + 2]
+    found = view.take(np.arange(first, end), [RaggedField("feature.text", counts="tokens.text")])
+    tokens = found["feature.text"]
+    assert isinstance(tokens, Ragged)
+    out = np.zeros((end - first, grown_shop.DIM), np.float32)
+    for row in range(len(out)):
+        if tokens.lengths[row]:
+            out[row] = tokens.row(row)[0]
+    return out
+
+
+def test_new_items_are_joined_to_those_they_are_like(
+    joined: dict[str, Artifact], grown: dict[str, Artifact]
+) -> None:
+    view = view_of(joined)
+    keep, shop = 30, view.base.candidates("shop")
+    assert joined["neighbours"].manifest["config"]["kept"][1] == keep
+    for number in (1, 2, 3):
+        rows, added = joined[f"alike-{number}"], joined[f"generation-{number}"].meta["num_added"]
+        assert rows.meta["first_row"] == view.first_rows[number]
+        ours = without_prefix(
+            graphs_of({k: t.numpy() for k, t in rows.load_safetensors(GRAPHS).items()}, num_columns=500)
+        )
+        assert {name: graph.shape for name, graph in ours.items()} == {
+            "text": (added, 500), "fused": (added, 500),
+        }  # fmt: skip
+        if not added:
+            continue
+        ours_too = view.item_domain[view.first_rows[number] : view.first_rows[number + 1]] == 0
+        for name, graph in ours.items():
+            # As when they were added: what a later generation changes keeps its rows.
+            new, old = content(joined, name, number), content(joined, name, 0)
+            unit_new, unit_old = (
+                x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in (new, old)
+            )
+            cosine = np.maximum(unit_new @ unit_old.T, 0) * shop * ours_too[:, None]
+            least = np.sort(cosine, axis=1)[:, -keep, None]
+            found = graph.toarray()
+            sure = np.abs(cosine - least) > 1e-3  # half precision may swap those at the end of the list
+            np.testing.assert_allclose(found[sure], np.where(cosine > least, cosine, 0)[sure] ** 2, atol=2e-3)
+            assert np.diff(graph.indptr).max() == keep
+            assert not found[~ours_too].any()
+
+
+def test_appended_items_get_a_bonus(root: Path, joined: dict[str, Artifact]) -> None:
+    config, view = configuration(root), view_of(joined)
+    alone = {name: artifact for name, artifact in joined.items() if not name.startswith("alike-")}
+    partly = {name: artifact for name, artifact in joined.items() if name not in ("alike-2", "alike-3")}
+    history = ["i5", "i8", "n7", "i30", "i41", "i52", "i63"]
+    scores = {}
+    for name, artifacts in (("all", joined), ("partly", partly), ("none", alone)):
+        found = Recommender.from_artifacts(artifacts, ranking=config.ranking)
+        (items,) = found.recommend([history], k=found.num_candidates - len(history))
+        scores[name] = {item["item_id"]: item["score"] for item in items}
+        # With one bonus for the best, the ranker's list and the scorer's dense scores are one.
+        codes = IdTable(artifacts["quantizer"], numbered(artifacts, "ids")).tokens
+        scorer = load_scorer(
+            artifacts["finetune"],
+            artifacts["neighbours"],
+            appended=numbered(artifacts, "alike"),
+            semantic_ids=codes,
+            chunk_items=1000,
+        )
+        rows = view.lookup([*scores[name]], "shop")
+        dense = scorer.scores(Ragged.from_lists([view.lookup(history, "shop").tolist()]), 0)[0, rows]
+        np.testing.assert_allclose(dense.numpy(), [*scores[name].values()], atol=1e-4)
+    first = {name for name in scores["all"] if name[0] == "n"}
+    later = {name for name in scores["all"] if name[0] == "m"}
+    gained = {name for name, score in scores["all"].items() if score > scores["none"][name] + 1e-3}
+    assert len(first & gained) > 10
+    assert len(later & gained) > 3
+    # One generation has its rows, the next one waits for them.
+    for name in first:
+        assert scores["partly"][name] == pytest.approx(scores["all"][name], abs=1e-4)
+    for name in later:
+        assert scores["partly"][name] == pytest.approx(scores["none"][name], abs=1e-4)
+
+
+def test_graph_rows_have_to_go_on_from_the_graphs(root: Path, joined: dict[str, Artifact]) -> None:
+    one, two, three = numbered(joined, "alike")
+    assert ItemGraphs.load(joined["neighbours"], [one, two, three]).num_items == 624
+    for wrong in ([two], [one, three, two], [joined["ids-1"]]):
+        with pytest.raises(DataError, match="do not go on from the item graphs"):
+            ItemGraphs.load(joined["neighbours"], wrong)
+    ids = numbered(joined, "ids")
+    assert current_alike(joined["neighbours"], ids, [one, two, three]) == [one, two, three]
+    assert current_alike(joined["neighbours"], ids[:2], [one, two, three]) == [one, two]
+    assert current_alike(joined["neighbours"], ids, [one, None, three]) == [one]
+    other = Artifact(one.path, joined["neighbours"].manifest | {"fingerprint": "0" * 64})
+    assert current_alike(other, ids, [one, two, three]) == []
+    with pytest.raises(DataError, match="do not go on from the item graphs"):
+        _appended_rows(other, [one], num_items=500)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_bundle_knows_the_graph_rows(
+    root: Path, joined: dict[str, Artifact], tmp_path: Path, rows: bool
+) -> None:
+    """Those of runs that have none, too."""
+    config = configuration(root)
+    artifacts = {n: a for n, a in joined.items() if rows or not n.startswith("alike-")}
+    bundle = write_bundle(
+        tmp_path / "b", config=config, artifacts={**artifacts, "evaluation": evaluation(root)}, card=""
+    )
+    parts = GENERATION_PARTS | ({"alike-1", "alike-2", "alike-3"} if rows else set())
+    assert set(open_served(bundle)) == {"catalog", "quantizer", "neighbours", "finetune", *parts}
+    histories = [["n7", "i5"], ["m3"]]
+    expected = Recommender.from_artifacts(artifacts, ranking=config.ranking).recommend(histories, k=50)
+    assert Recommender.load(bundle).recommend(histories, k=50) == expected
+
+
 class Noted:
     """A run whose run.json names a catalogue, models and generations."""
 
@@ -558,6 +700,52 @@ def test_a_run_catches_up_and_does_nothing_twice(root: Path, grown: dict[str, Ar
     assert (digests(root / "artifacts"), run.noted()) == (state, noted)
     found = with_generations(run.config, {name: grown[name] for name in ("catalog", "quantizer")})
     assert {name for name in found if "-" in name} == GENERATION_PARTS
+
+
+def test_a_run_catches_up_with_its_item_graphs(
+    root: Path, joined: dict[str, Artifact], tmp_path: Path
+) -> None:
+    run = Noted(root, {name: a for name, a in joined.items() if name != "neighbours"})
+    models = {name: joined[name] for name in ("catalog", "quantizer", "neighbours")}
+    run.bring()  # as before there were such rows
+    assert not any("alike" in place for place in run.noted())
+    assert not any(name.startswith("alike") for name in with_generations(run.config, models))
+    place = {"key": joined["neighbours"].key, "path": str(joined["neighbours"].path)}
+    run.edit(lambda d: d["stages"].update(neighbours=place))
+    ids, _ = run.bring()
+    found = with_generations(run.config, models)
+    made = numbered(found, "alike")
+    assert len(made) == 3
+    for number, rows in enumerate(made, 1):
+        assert rows.inputs["ids"] == ids[number - 1].fingerprint
+        wanted = (joined[f"alike-{number}"].path / GRAPHS).read_bytes()
+        assert (rows.path / GRAPHS).read_bytes() == wanted
+    state, noted = digests(root / "artifacts"), run.noted()
+    run.bring()
+    assert (digests(root / "artifacts"), run.noted()) == (state, noted)
+    # Without its row a generation waits, and those after it; then it is made again.
+    shutil.rmtree(made[1].path)
+    (left,) = numbered(with_generations(run.config, models), "alike")
+    assert left.path == made[0].path
+    run.bring()
+    assert (made[1].path / GRAPHS).is_file()
+    # Other graphs of the same models: rows of their own. Graphs of other models: none.
+    short = run.config.model_copy(update={"ranking": run.config.ranking.model_copy(update={"alike": 3})})
+    ctx = grown_shop.context(root, "neighbours", "short")
+    ctx.recipe = STAGES["neighbours"].recipe(short)
+    inputs = {name: joined[name] for name in ("catalog", "fusion", "quantizer")}
+    other = neighbours_stage.run(ctx, short, inputs)
+    assert not numbered(with_generations(run.config, {**models, "neighbours": other}), "alike")
+    run.edit(lambda d: d["stages"]["neighbours"].update(path=str(other.path)))
+    run.bring()
+    again = numbered(with_generations(run.config, {**models, "neighbours": other}), "alike")
+    assert [rows.meta["arrows"]["text"] for rows in again] == [3 * 62, 3 * 30, 0]
+    manifest = json.loads((other.path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"inputs": {}}))
+    run.edit(lambda d: [place.pop("alike") for place in d["extra"]["generations"]])
+    run.edit(lambda d: d["stages"]["neighbours"].update(path=str(tmp_path)))
+    run.bring()
+    assert not any("alike" in place for place in run.noted())
 
 
 @pytest.mark.parametrize("lost", ["fused", "ids"])

@@ -10,7 +10,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from qbrec.engine.context import StageContext
 from qbrec.neighbours import alike as module
-from qbrec.neighbours.alike import alike
+from qbrec.neighbours.alike import Queries, alike
 from qbrec.storage.artifact import ArtifactStore
 
 
@@ -80,3 +80,42 @@ def test_any_number_of_ranks_finds_the_same(ctx: StageContext, monkeypatch: pyte
         parts.append(alike(one, x, keep=5))
     assert (sum(parts[1:], parts[0]) != whole).nnz == 0
     assert min(part.nnz for part in parts) > 0
+
+
+def nearest_by_hand(queries: np.ndarray, table: np.ndarray, keep: int) -> np.ndarray:
+    """Squared cosines of the `keep` nearest rows of a table, dense."""
+    table, queries = (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (table, queries)
+    )
+    cosine = np.maximum(queries @ table.T, 0)
+    for row in cosine:
+        row[np.argsort(-row, kind="stable")[keep:]] = 0
+    return cosine**2
+
+
+@pytest.mark.parametrize("in_cells", [False, True])
+def test_items_beside_the_table_find_theirs_in_it(
+    ctx: StageContext, monkeypatch: pytest.MonkeyPatch, in_cells: bool
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(module, "_MAX_SCORES", 16 * 30)
+    monkeypatch.setattr(module, "EXACT_ITEMS", 50 if in_cells else 200)
+    table, asked = vectors(120), vectors(70, seed=1)
+    asked[3], asked[4] = 0, table[7]  # without the view; equal to one of the table, which is no reason to go
+    cells, of_asked = np.arange(120) % 3, np.arange(70) % 4  # a cell without items
+    found = alike(ctx, table, keep=5, cells=cells, queries=Queries(asked, of_asked)).toarray()
+    expected = np.zeros((70, 120))
+    for cell in range(4 if in_cells else 1):
+        rows, columns = (np.flatnonzero((of == cell) | (not in_cells)) for of in (of_asked, cells))
+        expected[np.ix_(rows, columns)] = nearest_by_hand(asked[rows], table[columns], 5)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not found[3].any()
+    assert in_cells or found[4, 7] == pytest.approx(1)
+    assert in_cells == (not found[of_asked == 3].any())
+
+
+def test_nobody_beside_the_table_asks(ctx: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = Queries(np.zeros((0, 16), np.float32), np.zeros(0, np.int64))
+    for most in (50, 200):
+        monkeypatch.setattr(module, "EXACT_ITEMS", most)
+        assert alike(ctx, vectors(120), keep=5, cells=np.arange(120) % 3, queries=none).shape == (0, 120)

@@ -45,8 +45,8 @@ def shares(matrix: np.ndarray) -> np.ndarray:
     return np.divide(matrix, sums, out=np.zeros_like(matrix), where=sums > 0)
 
 
-def brute_recency(queries: list[list[int]], decay: float) -> np.ndarray:
-    out = np.zeros((len(queries), NUM_ITEMS))
+def brute_recency(queries: list[list[int]], decay: float, num_items: int) -> np.ndarray:
+    out = np.zeros((len(queries), num_items))
     for b, query in enumerate(queries):
         for age, item in enumerate(reversed(query[-20:])):
             out[b, item] += decay**age
@@ -67,35 +67,104 @@ def test_what_a_pair_counts() -> None:
     assert co_occurrence(Ragged.from_lists([[3]]), num_items=NUM_ITEMS).nnz == 0
 
 
+def brute_arrows(histories: list[list[int]], keep: int) -> dict[str, np.ndarray]:
+    counts = np.bincount(np.concatenate(histories), minlength=NUM_ITEMS) + 1.0
+    found = {}
+    for name, counting, power in (
+        ("follows", FOLLOWS, 0.1),
+        ("next", NEXT, 0.1),
+        ("together", TOGETHER, 0.5),
+    ):
+        whole = brute_co(histories, counting) / np.sqrt(counts)[:, None] / counts**power
+        found[name] = cut(whole, keep)
+    return found
+
+
+def brute_paths(
+    queries: list[list[int]], arrows: dict[str, np.ndarray], like: np.ndarray, direct: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Strengths before the root; `direct` are the arrows of the single step by content."""
+    after, size = shares(arrows["follows"]), len(like)
+    near, far, every = (brute_recency(queries, decay, size) for decay in (0.6, 0.8, 0.95))
+    return {
+        "follows": near @ arrows["follows"],
+        "next": near @ arrows["next"],
+        "together": every @ arrows["together"],
+        "follows>follows": near @ after @ after,
+        "text": far @ direct,
+        "follows>text": near @ after @ shares(like).T,
+        "text>follows": near @ shares(like) @ after,
+    }
+
+
 def test_every_path_equals_brute_force() -> None:
     histories, queries = draw(0), draw(1, users=9)
-    counts = np.bincount(np.concatenate(histories), minlength=NUM_ITEMS) + 1.0
     for keep in (3, NUM_ITEMS):
         graphs = ItemGraphs.fit(
             Ragged.from_lists(histories), num_items=NUM_ITEMS, keep=keep, alike={"text": view(5)}
         )
-        arrows = {}
-        for name, counting, power in (
-            ("follows", FOLLOWS, 0.1),
-            ("next", NEXT, 0.1),
-            ("together", TOGETHER, 0.5),
-        ):
-            whole = brute_co(histories, counting) / np.sqrt(counts)[:, None] / counts**power
-            arrows[name] = cut(whole, keep)
-        like, after = view(5).toarray(), shares(arrows["follows"])
-        near, far, every = (brute_recency(queries, decay) for decay in (0.6, 0.8, 0.95))
-        expected = {
-            "follows": near @ arrows["follows"],
-            "next": near @ arrows["next"],
-            "together": every @ arrows["together"],
-            "follows>follows": near @ after @ after,
-            "text": far @ like,
-            "follows>text": near @ after @ shares(like).T,
-            "text>follows": near @ shares(like) @ after,
-        }
+        like = view(5).toarray()
+        expected = brute_paths(queries, brute_arrows(histories, keep), like, like)
         assert graphs.names == tuple(expected)
         for name, path in zip(graphs.names, graphs.paths(Ragged.from_lists(queries)), strict=True):
             np.testing.assert_allclose(path.toarray(), np.sqrt(expected[name]), rtol=1e-4, atol=1e-6)
+
+
+def lists_of(dense: np.ndarray, keep: int) -> sp.csr_matrix:
+    return sp.csr_matrix(cut(np.where(dense > 0.4, dense, 0), keep).astype(np.float32))
+
+
+def test_grown_graphs_equal_brute_force_on_the_grown_matrices() -> None:
+    added, keep, rng = 6, 3, np.random.default_rng(8)
+    histories, (old, new) = draw(0), (rng.random((n, NUM_ITEMS)) for n in (NUM_ITEMS, added))
+    np.fill_diagonal(old, 0)
+    old[5] = 0  # like nothing: it has room for anything
+    new[2] = 0
+    old, new = lists_of(old, keep), lists_of(new * 0.9, keep)
+    graphs = ItemGraphs.fit(
+        Ragged.from_lists(histories), num_items=NUM_ITEMS, keep=NUM_ITEMS, alike={"text": old}
+    )
+    grown = graphs.grown({"text": new})
+    assert grown.num_items == NUM_ITEMS + added
+    assert grown.names == graphs.names
+
+    size = NUM_ITEMS + added
+    like = np.zeros((size, size))
+    like[:NUM_ITEMS, :NUM_ITEMS], like[NUM_ITEMS:, :NUM_ITEMS] = old.toarray(), new.toarray()
+    direct = like.copy()
+    for item in range(NUM_ITEMS):
+        own = [w for w in like[item] if w > 0]
+        for later in range(NUM_ITEMS, size):
+            if like[later, item] > 0 and (len(own) < keep or like[later, item] >= min(own)):
+                direct[item, later] = like[later, item]
+    assert 0 < (direct > like).sum() < new.nnz
+    arrows = brute_arrows(histories, NUM_ITEMS)
+    arrows = {name: np.pad(matrix, (0, added)) for name, matrix in arrows.items()}
+    queries = [[n % size for n in rng.integers(0, size, rng.integers(1, 9))] for _ in range(12)]
+    expected = brute_paths(queries, arrows, like, direct)
+    paths = dict(zip(grown.names, grown.paths(Ragged.from_lists(queries)), strict=True))
+    for name, path in paths.items():
+        np.testing.assert_allclose(path.toarray(), np.sqrt(expected[name]), rtol=1e-4, atol=1e-6)
+    reached = {name for name, path in paths.items() if path[:, NUM_ITEMS:].nnz}
+    assert reached == {"text", "follows>text"}
+
+    # Whoever has no appended item in the history sees the old items as before, to the bit.
+    queries = [[int(n) for n in rng.integers(0, NUM_ITEMS, 6)] for _ in range(12)]
+    pairs = zip(*(g.paths(Ragged.from_lists(queries)) for g in (graphs, grown)), strict=True)
+    for before, after in pairs:
+        assert (before != after[:, :NUM_ITEMS]).nnz == 0
+
+
+def test_graphs_grow_by_generations_without_new_items_too() -> None:
+    graphs = ItemGraphs.fit(
+        Ragged.from_lists(draw(0)), num_items=NUM_ITEMS, keep=5, alike={"text": view(5), "fused": view(6)}
+    )
+    none = sp.csr_matrix((0, NUM_ITEMS), dtype=np.float32)
+    queries = Ragged.from_lists(draw(3, users=4))
+    for ours, theirs in zip(
+        graphs.grown({"text": none, "fused": none}).paths(queries), graphs.paths(queries), strict=True
+    ):
+        assert (ours != theirs).nnz == 0
 
 
 @pytest.mark.parametrize("sparse", [0, 10**6])

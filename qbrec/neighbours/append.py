@@ -1,0 +1,90 @@
+"""Rows of the item graphs for a generation's new items: an artifact of the kind `alike_generation`.
+
+    graphs.safetensors      `alike.<view>` CSR [n, N] by content view: the nearest items of the catalogue
+
+Nothing was done with new items yet, so content is all that joins them to others. Views, length of the lists
+and domain are those of the run's item graphs. Changed items keep their rows, as they keep their IDs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qbrec.config.root import RootConfig
+from qbrec.engine.context import StageContext
+from qbrec.neighbours.alike import Queries, alike
+from qbrec.neighbours.stage import FUSED, among_all, content_of_catalog, first_tokens, shared_part
+from qbrec.ranking.graphs import COUNTED, GRAPHS, parts_of, with_prefix
+from qbrec.storage.artifact import Artifact
+from qbrec.storage.blocks import BlockSet
+from qbrec.storage.generations import GenerationsView
+from qbrec.storage.id_table import GENERATION, numbered
+from qbrec.storage.token_table import SEMANTIC_IDS
+
+
+def content_views(neighbours: Artifact) -> list[str]:
+    """Names of the content views of a `neighbours` artifact, in their order."""
+    return [name for name in neighbours.meta["arrows"] if name not in COUNTED]
+
+
+def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -> Artifact:
+    """Find the nearest items of the catalogue for the new items of the last of the generations.
+
+    Args:
+        ctx: The rank's context.
+        config: Nothing of it counts: the graphs' own settings do.
+        inputs: `catalog`, `generation-1` … `generation-n`, `fusion`, `quantizer`, `neighbours`, `fused` and
+            `ids` (what the fusion network and the quantizer made of generation n).
+
+    Raises:
+        DataError: A file is damaged.
+    """
+    view = GenerationsView(inputs["catalog"], numbered(inputs, GENERATION))
+    generation, recipe = view.generations[-1], inputs["neighbours"].manifest["config"]
+    target, keep = str(recipe["target"]), int(recipe["kept"][1])
+    old = np.flatnonzero(view.base.candidates(target))
+    new = np.flatnonzero(generation.item_domain == view.domain_number(target))
+    cells, of_new = (inputs[name].load_npy(SEMANTIC_IDS)[:, 0] for name in ("quantizer", "ids"))
+    shape = generation.num_added, view.base.num_items
+    graphs = {}
+    for name in content_views(inputs["neighbours"]):
+        table = content_of_catalog(name, view.base, inputs["fusion"])[old]
+        queries = Queries(content_of_new(name, view, inputs)[new], of_new[new])
+        with ctx.progress(len(new), f"nearest neighbours of new items: {name}") as progress:
+            found = alike(ctx, table, keep=keep, cells=cells[old], queries=queries, on_rows=progress.update)
+        graphs[name] = among_all(found, rows=new, columns=old, shape=shape)
+    writer = ctx.writer()
+    if ctx.is_main:
+        arrays = parts_of(with_prefix(graphs))
+        writer.save_safetensors(GRAPHS, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    meta = {
+        "first_row": generation.first_row,
+        "num_added": generation.num_added,
+        "arrows": {name: int(graph.nnz) for name, graph in graphs.items()},
+    }
+    return ctx.commit(writer, meta=meta, inputs=inputs)
+
+
+def content_of_new(name: str, view: GenerationsView, inputs: Mapping[str, Artifact]) -> NDArray[np.float16]:
+    """One content view of the last generation's new items, float16 [n, D], beside that of the catalogue.
+
+    Args:
+        name: The view.
+        view: The catalogue and its generations.
+        inputs: `fusion`, and `fused` of the last generation.
+    """
+    catalog, count = view.base, view.generations[-1].num_added
+    if name == FUSED:
+        base = BlockSet.open(inputs["fusion"], FUSED).column(FUSED, 0, catalog.num_items)
+        if not count:
+            return base[:0]
+        fused: NDArray[np.float16] = BlockSet.open(inputs["fused"], FUSED).column(FUSED, 0, count)
+        return fused - shared_part(base)
+    width = int(catalog.artifact.meta["modalities"][name]["dim"])
+    if not count:
+        return np.zeros((0, width), np.float16)
+    return first_tokens(view.new_blocks(len(view.generations))[0], name, width)
