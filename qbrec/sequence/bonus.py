@@ -63,9 +63,12 @@ def fit_bonus(
 
 
 def save_bonus(writer: ArtifactWriter, bonus: Bonus, table: dict[str, float]) -> None:
-    """Write `BONUS_FILE`: the weight of every path, NDCG@10 by share of the bonus."""
-    weights = dict(zip(bonus.graphs.names, bonus.weights, strict=True))
-    writer.save_json(BONUS_FILE, {"weights": weights, "validation_ndcg@10": table})
+    """Write `BONUS_FILE`: the weight of every path, for appended items too, NDCG@10 by share of the bonus."""
+    names = bonus.graphs.names
+    weights = dict(zip(names, bonus.weights, strict=True))
+    appended = dict(zip(names, bonus.for_appended, strict=True))
+    document = {"weights": weights, "for_appended": appended, "validation_ndcg@10": table}
+    writer.save_json(BONUS_FILE, document)
 
 
 def load_bonus(
@@ -92,11 +95,15 @@ def load_bonus(
             where=str(finetune.path),
             fix="bring the run up to date with `qbrec run`, then register it again",
         )
-    weights = finetune.load_json(BONUS_FILE)["weights"]
-    if not any(weights.values()):
+    document = finetune.load_json(BONUS_FILE)
+    document.setdefault("for_appended", document["weights"])  # files of a version without
+    if not any(document["weights"].values()):
         return None
     graphs = ItemGraphs.load(neighbours, appended)
-    return Bonus(graphs, tuple(float(weights[name]) for name in graphs.names))
+    weights, for_appended = (
+        tuple(float(document[kind][name]) for name in graphs.names) for kind in ("weights", "for_appended")
+    )
+    return Bonus(graphs, weights, for_appended)
 
 
 def load_scorer(

@@ -140,7 +140,8 @@ def with_bonus(root: Path, found: Mapping[str, Artifact], config: RootConfig) ->
     ctx.recipe = STAGES["neighbours"].recipe(config)
     found["neighbours"] = neighbours_stage.run(ctx, config, found)
     graphs = ItemGraphs.load(found["neighbours"])
-    bonus = Bonus(graphs, tuple(1.0 + n / 10 for n in range(len(graphs.names))))
+    weights = tuple(1.0 + n / 10 for n in range(len(graphs.names)))
+    bonus = Bonus(graphs, weights, tuple(2 * weight for weight in weights))
     ctx = context(root, "finetune", found["neighbours"].key)
     return {**found, "finetune": _untrained(ctx, config, found, bonus)}
 
