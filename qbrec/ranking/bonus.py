@@ -5,10 +5,6 @@
 Semantic IDs generalise, graphs remember. The weights are those of a conditional logit over candidates (the
 softmax over items that the encoder itself is trained with), fitted on validation users; how much of the whole
 bonus is added (nothing, too) is then chosen by the NDCG@10 of exactly the ranking that will serve.
-
-Nobody has bought an appended item, so only paths of content reach it, and beside items with a past it would
-always lose. Its weights therefore hold the bonus of the other paths that items of the catalogue with such
-content have on average: least squares over the same candidates.
 """
 
 from __future__ import annotations
@@ -20,6 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 
 from qbrec.ranking.graphs import ItemGraphs, strongest
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
@@ -45,30 +42,18 @@ class Bonus:
     Attributes:
         graphs: The graphs.
         weights: In the order of `graphs.names`, none negative.
-        for_appended: The same for appended items; those of paths that do not reach them count for nothing.
     """
 
     graphs: ItemGraphs
     weights: tuple[float, ...]
-    for_appended: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.weights) == len(self.for_appended) == len(self.graphs.names)
+        assert len(self.weights) == len(self.graphs.names)
         assert min(self.weights) >= 0
-        assert min(self.for_appended) >= 0
 
     def __call__(self, histories: Ragged) -> sp.csr_matrix:
         """The bonus of the candidates of every history, float32 CSR [B, N]."""
-        paths = self.graphs.paths(histories)
-        if not self.graphs.num_appended:
-            return weighted(paths, self.weights)
-        first = self.graphs.num_items - self.graphs.num_appended
-        appended = np.arange(self.graphs.num_items) >= first
-        parts = (
-            _only(weighted(paths, weights), columns)
-            for weights, columns in ((self.weights, ~appended), (self.for_appended, appended))
-        )
-        return sum(parts, start=sp.csr_matrix(paths[0].shape, dtype=np.float32)).tocsr()
+        return weighted(self.graphs.paths(histories), self.weights)
 
 
 class BonusScorer:
@@ -97,13 +82,6 @@ def weighted(paths: Sequence[sp.csr_matrix], weights: Sequence[float]) -> sp.csr
         if weight:
             total = total + path * np.float32(weight)
     return total.tocsr()
-
-
-def _only(matrix: sp.csr_matrix, columns: NDArray[np.bool_]) -> sp.csr_matrix:
-    """The entries of some columns, bool [N]."""
-    kept = columns[matrix.indices]
-    before = np.concatenate([[0], np.cumsum(kept)])
-    return sp.csr_matrix((matrix.data[kept], matrix.indices[kept], before[matrix.indptr]), shape=matrix.shape)
 
 
 def tune_bonus(
@@ -138,9 +116,7 @@ def tune_bonus(
     found = np.concatenate([np.zeros(0, np.int64), *(known for _, known in parts)])
     features = dealt_back(gather(torch.from_numpy(features).to(device))).numpy()
     places = dealt_back(gather(torch.from_numpy(found).to(device))).numpy()
-    weights = conditional_logit(features, places)
-    lifted = stand_ins(features, weights, reach=np.array(graphs.reach_appended))
-    bonus = Bonus(graphs, tuple(weights), tuple(lifted))
+    bonus = Bonus(graphs, tuple(conditional_logit(features, places)))
     gains = torch.zeros(1 + len(SCALES), dtype=torch.float64)
     place = METRICS.index("ndcg@10")
     for contexts, targets, domain in batches:
@@ -155,7 +131,7 @@ def tune_bonus(
     means = total[1:] / max(total[0], 1.0)
     best = SCALES[int(means.argmax())]
     table = {f"{scale:g} of the bonus": float(mean) for scale, mean in zip(SCALES, means, strict=True)}
-    return Bonus(graphs, tuple(best * weights), tuple(best * lifted)), table
+    return Bonus(graphs, tuple(best * weight for weight in bonus.weights)), table
 
 
 def conditional_logit(features: NDArray[np.float32], found: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -169,8 +145,6 @@ def conditional_logit(features: NDArray[np.float32], found: NDArray[np.int64]) -
     Returns:
         float64 [P]; zeros where no target is among the candidates.
     """
-    from scipy.optimize import minimize  # slow to load, and serving does without
-
     known = torch.from_numpy(features[found >= 0])
     target = torch.from_numpy(found[found >= 0])
     num_paths = features.shape[2] - 1
@@ -196,34 +170,6 @@ def conditional_logit(features: NDArray[np.float32], found: NDArray[np.int64]) -
     solution = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200})
     weights = solution.x / spread.double().numpy()
     return np.asarray(weights[1:] / weights[0])
-
-
-def stand_ins(
-    features: NDArray[np.float32], weights: NDArray[np.float64], *, reach: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Weights of paths of content alone that stand in for the other paths as well, on average.
-
-    Args:
-        features: Those of `conditional_logit`.
-        weights: Its result, [P].
-        reach: Paths that may be used, bool [P].
-
-    Returns:
-        float64 [P], 0 for the other paths; at least `weights` for these.
-    """
-    from scipy.optimize import nnls
-
-    there = features[..., 0] != LOWEST
-    content = features[..., 1:][..., reach][there].astype(np.float64)
-    lacking = features[..., 1:][..., ~reach][there] @ weights[~reach]
-    found = np.zeros(len(weights))
-    found[reach] = weights[reach]
-    if content.any():
-        # The normal equations: as many rows as there are paths, instead of candidates.
-        gram, product = content.T @ content, content.T @ lacking
-        factor = np.linalg.cholesky(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)))
-        found[reach] += nnls(factor.T, np.linalg.solve(factor, product))[0]
-    return found
 
 
 def _candidates(

@@ -44,7 +44,6 @@ class ItemGraphs:
         together: Pairs of places in a history that hold both / sqrt((pop_i + 1) · (pop_j + 1)).
         alike: By content view: squared cosine of each item's nearest neighbours.
         back: By content view: the same from items of the catalogue to items appended later.
-        num_appended: How many of the N are such: the last ones.
     """
 
     follows: sp.csr_matrix
@@ -52,7 +51,6 @@ class ItemGraphs:
     together: sp.csr_matrix
     alike: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
     back: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
-    num_appended: int = 0
 
     @classmethod
     def fit(
@@ -86,7 +84,7 @@ class ItemGraphs:
         follows, after, together = (_padded(getattr(self, name), size) for name in COUNTED)
         alike = {v: _padded(sp.vstack([graph, rows[v]], "csr"), size) for v, graph in self.alike.items()}
         back = {v: _pointing_back(graph, rows[v], size) for v, graph in self.alike.items()}
-        return ItemGraphs(follows, after, together, alike, back, size - self.num_items)
+        return ItemGraphs(follows, after, together, alike, back)
 
     @property
     def num_items(self) -> int:
@@ -98,12 +96,6 @@ class ItemGraphs:
         """Of the paths, in the order of `paths`: the arrows gone along."""
         content = ("{}", "follows>{}", "{}>follows")
         return (*COUNTED, "follows>follows", *(n.format(view) for view in self.alike for n in content))
-
-    @property
-    def reach_appended(self) -> tuple[bool, ...]:
-        """Which paths lead to appended items: those whose last arrow is one of content."""
-        last = [name.rpartition(">")[2] for name in self.names]
-        return tuple(name in self.alike for name in last)
 
     def paths(self, histories: Ragged) -> list[sp.csr_matrix]:
         """Strength with which each path leads from each history to its candidates.

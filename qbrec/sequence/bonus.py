@@ -63,12 +63,9 @@ def fit_bonus(
 
 
 def save_bonus(writer: ArtifactWriter, bonus: Bonus, table: dict[str, float]) -> None:
-    """Write `BONUS_FILE`: the weight of every path, for appended items too, NDCG@10 by share of the bonus."""
-    names = bonus.graphs.names
-    weights = dict(zip(names, bonus.weights, strict=True))
-    appended = dict(zip(names, bonus.for_appended, strict=True))
-    document = {"weights": weights, "for_appended": appended, "validation_ndcg@10": table}
-    writer.save_json(BONUS_FILE, document)
+    """Write `BONUS_FILE`: the weight of every path, NDCG@10 by share of the bonus."""
+    weights = dict(zip(bonus.graphs.names, bonus.weights, strict=True))
+    writer.save_json(BONUS_FILE, {"weights": weights, "validation_ndcg@10": table})
 
 
 def load_bonus(
@@ -95,15 +92,11 @@ def load_bonus(
             where=str(finetune.path),
             fix="bring the run up to date with `qbrec run`, then register it again",
         )
-    document = finetune.load_json(BONUS_FILE)
-    document.setdefault("for_appended", document["weights"])  # files of a version without
-    if not any(document["weights"].values()):
+    weights = finetune.load_json(BONUS_FILE)["weights"]
+    if not any(weights.values()):
         return None
     graphs = ItemGraphs.load(neighbours, appended)
-    weights, for_appended = (
-        tuple(float(document[kind][name]) for name in graphs.names) for kind in ("weights", "for_appended")
-    )
-    return Bonus(graphs, weights, for_appended)
+    return Bonus(graphs, tuple(float(weights[name]) for name in graphs.names))
 
 
 def load_scorer(

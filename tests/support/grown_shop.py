@@ -140,8 +140,7 @@ def with_bonus(root: Path, found: Mapping[str, Artifact], config: RootConfig) ->
     ctx.recipe = STAGES["neighbours"].recipe(config)
     found["neighbours"] = neighbours_stage.run(ctx, config, found)
     graphs = ItemGraphs.load(found["neighbours"])
-    weights = tuple(1.0 + n / 10 for n in range(len(graphs.names)))
-    bonus = Bonus(graphs, weights, tuple(2 * weight for weight in weights))
+    bonus = Bonus(graphs, tuple(1.0 + n / 10 for n in range(len(graphs.names))))
     ctx = context(root, "finetune", found["neighbours"].key)
     return {**found, "finetune": _untrained(ctx, config, found, bonus)}
 

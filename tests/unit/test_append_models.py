@@ -483,7 +483,7 @@ def test_showing_and_finding_ids(grown: dict[str, Artifact]) -> None:
 def test_the_bonus_knows_only_what_was_trained_on() -> None:
     rng = np.random.default_rng(0)
     graphs = ItemGraphs.fit(Ragged.from_lists([[1, 2, 3], [2, 4], [3, 5]]), num_items=6, keep=5)
-    bonus = Bonus(graphs, (2.0,) * len(graphs.names), (3.0,) * len(graphs.names))
+    bonus = Bonus(graphs, (2.0,) * len(graphs.names))
     histories = Ragged.from_lists([[1, 7, 2, 8], [9], [3, 4]])
 
     class Codes:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from scipy.optimize import nnls
 from sklearn.linear_model import LogisticRegression
 
-from qbrec.ranking.bonus import SCALES, Bonus, BonusScorer, conditional_logit, stand_ins, tune_bonus
+from qbrec.ranking.bonus import SCALES, Bonus, BonusScorer, conditional_logit, tune_bonus
 from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.topk import LOWEST
 from qbrec.storage.ragged import Ragged
@@ -46,8 +45,7 @@ def after(steps: int) -> list[tuple[Ragged, np.ndarray, int]]:
 
 def test_the_bonus_is_added_to_the_rows_it_knows() -> None:
     graphs = ring()
-    weights = tuple(float(i) for i in range(len(graphs.names)))
-    bonus = Bonus(graphs, weights, weights)
+    bonus = Bonus(graphs, tuple(float(i) for i in range(len(graphs.names))))
     contexts = Ragged.from_lists([[0, 3], []])
     expected = sum(w * path.toarray() for w, path in zip(bonus.weights, graphs.paths(contexts), strict=True))
     scores = BonusScorer(Flat(NUM_ITEMS + 2), bonus).scores(contexts, 0).numpy()
@@ -96,49 +94,6 @@ def test_no_weight_is_negative_and_absent_candidates_do_not_count() -> None:
     changed[:, 5, 1:] = 9
     np.testing.assert_allclose(conditional_logit(changed, found), weights, atol=0.02)
     assert not conditional_logit(features, np.full(500, -1)).any()
-
-
-def test_appended_items_have_weights_of_their_own() -> None:
-    rng = np.random.default_rng(2)
-    chain = Ragged.from_lists([[i, (i + 1) % NUM_ITEMS] for i in range(NUM_ITEMS)] * 3)
-
-    def like(rows: int) -> sp.csr_matrix:
-        return sp.random(rows, NUM_ITEMS, 0.4, "csr", np.float32, random_state=rng)
-
-    graphs = ItemGraphs.fit(chain, num_items=NUM_ITEMS, keep=5, alike={"text": like(NUM_ITEMS)})
-    graphs = graphs.grown({"text": like(3)})
-    reached = ("text", "follows>text")
-    assert graphs.reach_appended == tuple(name in reached for name in graphs.names)
-    weights, lifted = rng.random((2, len(graphs.names)))
-    contexts = Ragged.from_lists([[0, 3], [NUM_ITEMS + 1, 5], []])
-    paths = [path.toarray() for path in graphs.paths(contexts)]
-    assert not any(
-        path[:, NUM_ITEMS:].any() for path, ok in zip(paths, graphs.reach_appended, strict=True) if not ok
-    )
-    expected = sum(w * path for w, path in zip(weights, paths, strict=True))
-    expected[:, NUM_ITEMS:] = sum(w * path for w, path in zip(lifted, paths, strict=True))[:, NUM_ITEMS:]
-    assert expected[:, NUM_ITEMS:].any()
-    ours = Bonus(graphs, tuple(weights), tuple(lifted))(contexts)
-    np.testing.assert_allclose(ours.toarray(), expected, rtol=1e-5)
-
-
-def test_content_stands_in_for_what_appended_items_lack() -> None:
-    rng = np.random.default_rng(3)
-    features = rng.random((300, 7, 5)).astype(np.float32)
-    reach, weights = np.array([False, True, False, True]), np.array([2.0, 0.5, 1.0, 0.0])
-    features[:, 6, 0] = LOWEST
-    features[:, 6, 1:] = 99  # nobody's candidate
-    there = features[:, :6].reshape(-1, 5)[:, 1:].astype(np.float64)
-    lacking = there[:, ~reach] @ weights[~reach]
-    extra = nnls(there[:, reach], lacking)[0]
-    found = stand_ins(features, weights, reach=reach)
-    np.testing.assert_allclose(found, [0, 0.5 + extra[0], 0, extra[1]], rtol=1e-4)
-    # Where content says nothing of the other paths, or is not there, nothing stands in for them.
-    features[..., [2, 4]] = 0
-    np.testing.assert_allclose(stand_ins(features, weights, reach=reach), [0, 0.5, 0, 0])
-    nobody = stand_ins(features[:0], weights, reach=reach)
-    np.testing.assert_allclose(nobody, [0, 0.5, 0, 0])
-    assert not stand_ins(features, weights, reach=np.zeros(4, bool)).any()
 
 
 @pytest.mark.parametrize("world", [2, 5])
