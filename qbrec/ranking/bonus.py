@@ -67,7 +67,7 @@ class BonusScorer:
 
     Args:
         base: The scorer over semantic IDs; it may know more rows than the graphs (items appended after the
-            training), which get no bonus.
+            training that have no rows there yet), which get no bonus.
         bonus: Graphs and weights.
     """
 
