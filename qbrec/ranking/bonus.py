@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from qbrec.ranking.graphs import ItemGraphs, strongest
+from qbrec.ranking.kin import kin_of_appended, with_inherited
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.rescore import add_bonus
 from qbrec.ranking.scorer import Domain, Scorer
@@ -53,7 +55,12 @@ class Bonus:
 
     def __call__(self, histories: Ragged) -> sp.csr_matrix:
         """The bonus of the candidates of every history, float32 CSR [B, N]."""
-        return weighted(self.graphs.paths(histories), self.weights)
+        return with_inherited(weighted(self.graphs.paths(histories), self.weights), self.kin)
+
+    @cached_property
+    def kin(self) -> sp.csr_matrix | None:
+        """Items whose bonus appended ones inherit, see `kin_of_appended`."""
+        return kin_of_appended(self.graphs, self.weights)
 
 
 class BonusScorer:
@@ -61,7 +68,7 @@ class BonusScorer:
 
     Args:
         base: The scorer over semantic IDs; it may know more rows than the graphs (items appended after the
-            training), which get no bonus.
+            training that have no rows there yet), which get no bonus.
         bonus: Graphs and weights.
     """
 

@@ -44,6 +44,7 @@ class ItemGraphs:
         together: Pairs of places in a history that hold both / sqrt((pop_i + 1) · (pop_j + 1)).
         alike: By content view: squared cosine of each item's nearest neighbours.
         back: By content view: the same from items of the catalogue to items appended later.
+        num_appended: How many of the items those are: the last ones.
     """
 
     follows: sp.csr_matrix
@@ -51,6 +52,7 @@ class ItemGraphs:
     together: sp.csr_matrix
     alike: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
     back: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
+    num_appended: int = 0
 
     @classmethod
     def fit(
@@ -84,7 +86,7 @@ class ItemGraphs:
         follows, after, together = (_padded(getattr(self, name), size) for name in COUNTED)
         alike = {v: _padded(sp.vstack([graph, rows[v]], "csr"), size) for v, graph in self.alike.items()}
         back = {v: _pointing_back(graph, rows[v], size) for v, graph in self.alike.items()}
-        return ItemGraphs(follows, after, together, alike, back)
+        return ItemGraphs(follows, after, together, alike, back, size - self.num_items)
 
     @property
     def num_items(self) -> int:
@@ -94,8 +96,8 @@ class ItemGraphs:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the paths, in the order of `paths`: the arrows gone along."""
-        content = ("{}", "follows>{}", "{}>follows")
-        return (*COUNTED, "follows>follows", *(n.format(view) for view in self.alike for n in content))
+        content = (name.format(view) for view in self.alike for name in CONTENT_PATHS)
+        return (*COUNTED, "follows>follows", *content)
 
     def paths(self, histories: Ragged) -> list[sp.csr_matrix]:
         """Strength with which each path leads from each history to its candidates.
@@ -176,6 +178,7 @@ class ItemGraphs:
 
 
 COUNTED = ("follows", "next", "together")
+CONTENT_PATHS = ("{}", "follows>{}", "{}>follows")  # of every content view
 _SPARSE = 20  # arrows that are followed at most, as a share of the items, for a product to be made compact
 _ALIKE = "alike."
 _PARTS = {"indptr": np.int64, "indices": np.int32, "data": np.float32}

@@ -96,7 +96,9 @@ def load_bonus(
     if not any(weights.values()):
         return None
     graphs = ItemGraphs.load(neighbours, appended)
-    return Bonus(graphs, tuple(float(weights[name]) for name in graphs.names))
+    bonus = Bonus(graphs, tuple(float(weights[name]) for name in graphs.names))
+    _ = bonus.kin  # now, not within somebody's first request
+    return bonus
 
 
 def load_scorer(

@@ -126,3 +126,44 @@ def test_the_domain_and_seen_items_are_no_candidates() -> None:
     bonus, table = tune_bonus(Flat(), ring(), after(1), tie_rank=TIES, allowed=allowed)
     assert max(table.values()) == pytest.approx(11 / 12)
     assert sp.issparse(bonus(Ragged.from_lists([[0]])))
+
+
+def lists(rows: list[dict[int, float]]) -> sp.csr_matrix:
+    dense = np.zeros((len(rows), NUM_ITEMS), np.float32)
+    for number, row in enumerate(rows):
+        for item, likeness in row.items():
+            dense[number, item] = likeness
+    return sp.csr_matrix(dense)
+
+
+def test_an_appended_item_inherits_from_its_nearest_kin() -> None:
+    near = [{(i + 5) % NUM_ITEMS: 0.5} for i in range(NUM_ITEMS)]
+    graphs = ItemGraphs(
+        ring().follows, ring().next, ring().together, {"dull": lists(near), "text": lists(near)}
+    )
+    grown = graphs.grown(
+        {
+            "dull": lists([{9: 0.9}, {4: 0.25}, {}, {2: 1.0}]),
+            "text": lists([{1: 0.5, 6: 0.25}, {}, {}, {3: 0.1}]),
+        }
+    )
+    weights = [1.0] * len(grown.names)
+    weights[grown.names.index("dull")] = weights[grown.names.index("dull>follows")] = 0
+    contexts = Ragged.from_lists([[0], [3, 11], [8, 2, 7], []])
+    own = sum(w * path.toarray() for w, path in zip(weights, grown.paths(contexts), strict=True))
+    expected = own.copy()
+    # Text is trusted more; the second item has none, the third is like nothing at all.
+    for item, (kin, likeness) in {12: (1, 0.5), 13: (4, 0.25), 15: (3, 0.1)}.items():
+        expected[:, item] = np.maximum(own[:, item], likeness * own[:, kin])
+    bonus = Bonus(grown, tuple(weights))
+    np.testing.assert_allclose(bonus(contexts).toarray(), expected, rtol=1e-5)
+    assert (expected > own).any()
+    assert (expected[:, 12:] == own[:, 12:]).any()
+    before = Bonus(graphs, tuple(weights))(contexts).toarray()
+    np.testing.assert_array_equal(bonus(contexts).toarray()[:, :NUM_ITEMS], before)
+    # No view is trusted, or nothing was appended: nobody speaks for anybody.
+    counted = [float(">" not in name and name in ("follows", "next", "together")) for name in grown.names]
+    assert Bonus(grown, tuple(counted)).kin is None
+    assert Bonus(graphs, tuple(weights)).kin is None
+    none = {view: lists([]) for view in graphs.alike}
+    np.testing.assert_array_equal(Bonus(graphs.grown(none), tuple(weights))(contexts).toarray(), before)
