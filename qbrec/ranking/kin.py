@@ -21,20 +21,23 @@ def kin_of_appended(graphs: ItemGraphs, weights: Sequence[float]) -> sp.csr_matr
 
     Args:
         graphs: Grown ones.
-        weights: Of their paths, in the order of `graphs.names`, fitted on validation: their sum over the
-            paths of a view is the trust in it. A view without any is not asked.
+        weights: Of their paths, in the order of `graphs.names`, fitted on validation. The trust in a view is
+            the weight of its direct path, which is content and nothing else; of equal ones, that of the two
+            longer paths, which say as much of their other step. A view without any weight is not asked.
 
     Returns:
         Squared cosines, float32 CSR [N + M, N + M], from items of the catalogue to appended ones; None
         without appended items, or where no view is trusted.
     """
-    trust = {
-        view: sum(weights[graphs.names.index(name.format(view))] for name in CONTENT_PATHS)
-        for view in graphs.alike
-    }
+    by_path = dict(zip(graphs.names, weights, strict=True))
+    trust = {}
+    for view in graphs.alike:
+        direct, *longer = (by_path[name.format(view)] for name in CONTENT_PATHS)
+        trust[view] = direct, sum(longer)
     appended = np.arange(graphs.num_items - graphs.num_appended, graphs.num_items)
     nearest = None
-    for view in sorted((view for view in trust if trust[view]), key=lambda view: -trust[view]):
+    asked = (view for view in trust if any(trust[view]))
+    for view in sorted(asked, key=trust.__getitem__, reverse=True):
         rows = strongest(graphs.alike[view][appended], 1)
         if nearest is None:
             nearest = rows
