@@ -35,6 +35,7 @@ from qbrec.ranking.graphs import CONTENT_DECAY
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.scorer import Domain, Scorer
 from qbrec.ranking.topk import tie_rank
+from qbrec.ranking.validate import drawn
 from qbrec.sequence.bonus import load_scorer
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView
@@ -103,10 +104,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
             where=str(held.catalog.path),
             fix="hold out a larger --share",
         )
-    most = config.evaluation.max_users
-    if 0 < most < len(users):
-        generator = np.random.default_rng(ctx.sub_seed("coldstart/users"))
-        users = np.sort(generator.choice(users, most, replace=False))
+    users = drawn(users, max_users=config.evaluation.max_users, seed=ctx.sub_seed("coldstart/users"))
     contexts, targets = held.tests(users)
     view = GenerationsView(inputs["catalog"], numbered(inputs, GENERATION))
     new = _rows(view, held.catalog, held.rows, domain)
@@ -185,9 +183,7 @@ def _rows(
             where=str(view.path),
             fix="see the rejected items there and of its generation",
         )
-    old = found < view.base.num_items
-    found[old] = view.base.representatives(found[old])
-    return np.asarray(found[at], np.int64)
+    return view.representatives(found)[at]
 
 
 def _models(
