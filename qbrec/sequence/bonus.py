@@ -17,8 +17,7 @@ from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer, Scorer
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import batch_rows, contexts_and_targets, drawn_users
-from qbrec.sequence.item_codes import codes_read
-from qbrec.sequence.recommender import SequenceRecommender, load_encoder
+from qbrec.sequence.recommender import SequenceRecommender
 from qbrec.storage.artifact import Artifact, ArtifactWriter
 from qbrec.storage.catalog_view import CatalogView
 
@@ -123,8 +122,7 @@ def load_scorer(
     Raises:
         DataError: A file is damaged, or the artifacts do not belong together.
     """
-    codes = codes_read(finetune, semantic_ids)
-    encoder = SequenceRecommender(load_encoder(finetune).to(device), semantic_ids=codes, device=device)
-    scorer = FactorisedScorer(encoder, semantic_ids=codes, chunk_items=chunk_items)
+    encoder = SequenceRecommender.load(finetune, semantic_ids=semantic_ids, device=device)
+    scorer = FactorisedScorer(encoder, semantic_ids=encoder.semantic_ids, chunk_items=chunk_items)
     bonus = load_bonus(finetune, neighbours, appended)
     return scorer if bonus is None else BonusScorer(scorer, bonus)

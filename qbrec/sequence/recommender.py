@@ -34,6 +34,9 @@ class SequenceRecommender:
         module: The encoder; it is used as it is, in evaluation mode.
         semantic_ids: Codes of all items, any integer type [N, L].
         device: Where `module` lives.
+
+    Attributes:
+        semantic_ids: What the encoder reads of every item; item codes, if it knows any, are the last level.
     """
 
     name = "qbrec"
@@ -47,7 +50,7 @@ class SequenceRecommender:
                 f"{semantic_ids.shape[1]}",
                 fix="load both from the same run",
             )
-        self.module, self.device = module, torch.device(device)
+        self.module, self.semantic_ids, self.device = module, semantic_ids, torch.device(device)
         self._table = id_table(semantic_ids).to(self.device)
 
     @classmethod
