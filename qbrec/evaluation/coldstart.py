@@ -36,7 +36,7 @@ from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.scorer import Domain, Scorer
 from qbrec.ranking.topk import tie_rank
 from qbrec.ranking.validate import drawn
-from qbrec.sequence.bonus import load_scorer
+from qbrec.sequence.bonus import load_bonus, load_scorer
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView
 from qbrec.storage.generations import GenerationsView
@@ -192,20 +192,19 @@ def _models(
     """Ours as it serves, without the new rows of the item graphs, without a bonus; then the rivals."""
     tokens = IdTable(inputs["quantizer"], numbered(inputs, IDS)).tokens
 
-    def ours(appended: Sequence[Artifact]) -> Scorer:
-        return load_scorer(
-            inputs["finetune"],
-            inputs.get("neighbours"),
-            appended=appended,
-            semantic_ids=tokens,
-            chunk_items=config.ranking.chunk_items,
-            device=ctx.device,
-        )
-
-    served = ours(numbered(inputs, ALIKE))
+    served = load_scorer(
+        inputs["finetune"],
+        inputs.get("neighbours"),
+        appended=numbered(inputs, ALIKE),
+        semantic_ids=tokens,
+        chunk_items=config.ranking.chunk_items,
+        device=ctx.device,
+    )
     yield MODEL, served
     if isinstance(served, BonusScorer):
-        yield UNJOINED, ours([])
+        unjoined = load_bonus(inputs["finetune"], inputs["neighbours"])
+        assert unjoined is not None, "it is the same bonus"
+        yield UNJOINED, BonusScorer(served.base, unjoined)
         yield IDS_ALONE, served.base
     for name in (*view.base.artifact.meta["modalities"], FUSED):
         parts = content_of_catalog(name, view.base, inputs["fusion"]), content_of_new(name, view, inputs)
