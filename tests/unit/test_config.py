@@ -71,8 +71,15 @@ def test_a_missing_file_and_broken_yaml_are_configuration_errors(tmp_path: Path)
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(_write(tmp_path, "a: [1,"))
-    with pytest.raises(ConfigError, match="choose one of small"):
+    with pytest.raises(ConfigError, match="choose one of large, small"):
         load_config("preset:large-ish")
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_presets_change_what_they_say_and_fit_the_models(name: str) -> None:
+    preset, defaults = load_config(f"preset:{name}"), load_config()
+    for section in ("compute", "fusion", "sequence", "baselines"):
+        assert getattr(preset, section) != getattr(defaults, section)
 
 
 @pytest.mark.parametrize(
