@@ -24,7 +24,7 @@ _WORD = b"qbrec doctor was here\n"
 
 def check_storage(config: RootConfig) -> list[Finding]:
     """The storage, and its remote home if there is one."""
-    findings = [_local(Path(config.run.storage))]
+    findings = [_local(config.run.storage)]
     if config.run.remote is not None:
         findings.append(_remote(config.run.remote))
     return findings
@@ -83,10 +83,18 @@ def probe_remote(uri: str) -> float:
         fs.delete_file(path)
 
 
-def _local(storage: Path) -> Finding:
+def _local(place: str) -> Finding:
+    if "://" in place:
+        return failure(
+            "storage",
+            place,
+            wrong="run.storage has to be a folder",
+            fix="name one that every node mounts; run.remote may be an object store",
+        )
+    storage = Path(place).absolute()
     folder = existing_parent(storage)
-    found = f"{storage.absolute()}: written, flushed, renamed, locked, read back, deleted"
-    if folder != storage.absolute():
+    found = f"{storage}: written, flushed, renamed, locked, read back, deleted"
+    if folder != storage:
         found += f" in {folder}, where a run will make it"
     try:
         probe_local(folder)
@@ -95,7 +103,7 @@ def _local(storage: Path) -> Finding:
     except OSError as error:
         return failure(
             "storage",
-            str(storage.absolute()),
+            str(storage),
             wrong=f"cannot write a file in {folder} and read it back: {error.strerror or error}",
             fix=f"let this user (uid {os.geteuid()}) write there and mount it with locks, or set run.storage "
             "to another folder",

@@ -29,6 +29,7 @@ class JobServer:
         logs: Their logs.
         packages: Uploaded packages by name.
         requests: Method and path of every request.
+        ray_version: Of the cluster.
         token: Wanted as a bearer token, if set.
         cut: Characters after which the next log streams break off; used up one by one.
         on_submit: Called with the body of a submission before it is looked at.
@@ -42,6 +43,7 @@ class JobServer:
     logs: dict[str, str] = field(default_factory=dict)
     packages: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    ray_version: str = ray.__version__
     token: str | None = None
     cut: list[int] = field(default_factory=list)
     on_submit: Callable[[dict[str, Any]], None] = lambda body: None
@@ -91,7 +93,7 @@ class JobServer:
 
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response(
-            {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": "test"}
+            {"version": "4", "ray_version": self.ray_version, "ray_commit": "", "session_name": "test"}
         )
 
     async def _list(self, request: web.Request) -> web.Response:
