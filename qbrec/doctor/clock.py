@@ -6,6 +6,7 @@ import http.client
 import time
 import urllib.error
 from collections.abc import Callable, Mapping
+from email.message import Message
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def _server_ahead(uri: str) -> float:
         ValueError: It does not tell.
     """
     before = time.time()
+    headers: Message
     try:
         _, headers = ask(uri, "/health")
     except urllib.error.HTTPError as error:

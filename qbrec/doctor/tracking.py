@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import urllib.error
 import urllib.request
+from email.message import Message
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,7 +41,7 @@ def check_tracking(config: RootConfig) -> Finding:
     return ok("mlflow", f"{without_secrets(uri)}: not asked, as only a run can tell")
 
 
-def ask(uri: str, path: str) -> tuple[str, http.client.HTTPMessage]:
+def ask(uri: str, path: str) -> tuple[str, Message]:
     """The beginning of what a server answers to GET, and its headers.
 
     Raises:

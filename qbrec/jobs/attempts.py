@@ -16,7 +16,7 @@ from qbrec.errors import LaunchError
 if TYPE_CHECKING:
     from qbrec.jobs.ray_client import JobClient
 
-RUN, STORAGE = "qbrec_run", "storage"  # keys of a job's metadata
+RUN, STORAGE, STOP_WAIT = "qbrec_run", "storage", "stop_wait_s"  # keys of a job's metadata
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STOPPED_CODE = 143  # of a driver that SIGTERM ended; Ray keeps no exit code of a job that it stopped
 NO_CODE = LaunchError.exit_code  # the driver never came to an end, or never began
@@ -73,7 +73,6 @@ def attempt_of(job: Any) -> Attempt | None:
     metadata = job.metadata or {}
     if matched is None or metadata.get(RUN) != matched["run"] or STORAGE not in metadata:
         return None
-    variables = (job.runtime_env or {}).get("env_vars") or {}
     status = str(getattr(job.status, "value", job.status))
     return Attempt(
         id=job.submission_id,
@@ -85,7 +84,7 @@ def attempt_of(job: Any) -> Attempt | None:
         started=job.start_time / 1000 if job.start_time else None,
         ended=job.end_time / 1000 if job.end_time else None,
         exit_code=_exit_code(status, job.driver_exit_code),
-        stop_wait_s=float(variables.get("RAY_JOB_STOP_WAIT_TIME_S", 3)),
+        stop_wait_s=float(metadata.get(STOP_WAIT, 0)),
     )
 
 

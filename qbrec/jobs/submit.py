@@ -14,6 +14,7 @@ from qbrec.config import RootConfig, dump_config
 from qbrec.errors import ConfigError, LaunchError
 from qbrec.jobs.attempts import (
     RUN,
+    STOP_WAIT,
     STORAGE,
     Attempt,
     attempt_of,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from qbrec.jobs.ray_client import JobClient
 
 CONFIG_VARIABLE = "QBREC_CONFIG"
-STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+_STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOP_MARGIN_S = 30  # that Ray waits longer than the driver, which waits for its workers' checkpoint
 _RUNTIME_ENV = "runtime_env.yaml"
 
@@ -60,7 +61,7 @@ def submit(
                 entrypoint=shlex.join(entrypoint),
                 submission_id=wanted,
                 runtime_env=environment,
-                metadata={RUN: name, STORAGE: storage},
+                metadata={RUN: name, STORAGE: storage, STOP_WAIT: environment["env_vars"][_STOP_VARIABLE]},
             )
             break
         except LaunchError:
@@ -99,8 +100,8 @@ def check_free(client: JobClient, name: str, storage: str) -> None:
 def job_environment(config: RootConfig, file: Path | None = None) -> dict[str, Any]:
     """Ray's runtime environment of the job: the file's, with code and configuration in it.
 
-    The configuration travels whole, in a variable: it is then the same with and without uploaded code, and
-    code that was uploaded once is not uploaded again for another configuration.
+    The configuration travels whole, in a variable: it is then the same with and without uploaded code, code
+    that was uploaded once is not uploaded again for another configuration, and Ray's dashboard hides it.
 
     Args:
         config: The configuration.
@@ -125,9 +126,13 @@ def job_environment(config: RootConfig, file: Path | None = None) -> dict[str, A
     if code is not None:
         environment.setdefault("working_dir", str(code))
     variables[CONFIG_VARIABLE] = dump_config(config)
-    variables[STOP_WAIT] = str(
-        max(int(variables.get(STOP_WAIT, 0)), math.ceil(config.compute.stop_grace_s) + _STOP_MARGIN_S)
-    )
+    told = str(variables.get(_STOP_VARIABLE, 0))
+    if not told.isdecimal():
+        raise ConfigError(
+            f"{_STOP_VARIABLE} is no whole number of seconds: {told!r}", where=str(path), fix='write "90"'
+        )
+    needed = math.ceil(config.compute.stop_grace_s) + _STOP_MARGIN_S
+    variables[_STOP_VARIABLE] = str(max(int(told), needed))
     return environment
 
 

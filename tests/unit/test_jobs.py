@@ -163,6 +163,9 @@ def test_a_runtime_environment_of_ones_own(tmp_path: Path) -> None:
     environment = job_environment(parse_config(tree()), file)
     assert environment["working_dir"] == "s3://bucket/code.zip"
     assert environment["env_vars"]["AWS_PROFILE"] == "lab"
+    file.write_text("env_vars: {RAY_JOB_STOP_WAIT_TIME_S: 90 s}\n")
+    with pytest.raises(ConfigError, match="no whole number of seconds: '90 s'"):
+        job_environment(parse_config(tree()), file)
     file.write_text("- not a mapping\n")
     with pytest.raises(ConfigError, match="a runtime environment is a mapping"):
         job_environment(parse_config(tree()), file)

@@ -95,7 +95,7 @@ def test_a_submission_brings_code_configuration_and_identity(
     assert command(monkeypatch, server, "submit", *args) == 0
     job = server.jobs["qbrec-shop-1"]
     assert job["entrypoint"] == "python -m qbrec run --config env:QBREC_CONFIG --resume must"
-    assert job["metadata"] == OURS
+    assert job["metadata"] == {**OURS, "stop_wait_s": "90"}
     variables = job["runtime_env"]["env_vars"]
     sent = parse_config(yaml.safe_load(variables["QBREC_CONFIG"]))
     assert (sent.run.name, sent.fusion.width) == ("shop", 64)
