@@ -63,6 +63,10 @@ class LaunchError(QbrecError):
     exit_code = 5
 
 
+class UnreachableError(LaunchError):
+    """A cluster does not answer; what runs there may go on."""
+
+
 class Preempted(LaunchError):
     """The run was asked to stop (SIGTERM, a node that is taken away) and did, with nothing lost."""
 

@@ -13,6 +13,11 @@ from qbrec.errors import QbrecError
 # command → (module, what it is for); modules are imported when their command is.
 _COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "The whole road: catalog to registered model and report."),
+    "submit": ("jobs", "The same on a cluster: send it there, follow it, end as it ends."),
+    "status": ("jobs", "How far a submitted run is."),
+    "logs": ("jobs", "The log of a submitted run."),
+    "stop": ("jobs", "Stop a submitted run with a checkpoint."),
+    "doctor": ("doctor", "Check this machine: versions, GPUs, network, storage, cluster."),
     "synth": ("synth", "Write a synthetic catalogue with a known truth."),
     "import": ("importer", "Write the input contract from Amazon Reviews, MovieLens or CSV."),
     "plan": ("plan", "Memory, disk, steps and hours that a run of a given size needs."),

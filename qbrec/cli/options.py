@@ -21,7 +21,12 @@ def config_options(function: Function) -> Function:
             metavar="KEY=VALUE",
             help="Override one key, e.g. --set sequence.width=256. May be repeated.",
         ),
-        click.option("--config", "config_path", metavar="FILE", help="YAML configuration, or preset:small | large."),
+        click.option(
+            "--config",
+            "config_path",
+            metavar="FILE",
+            help="YAML file, preset:small, preset:large, or env:VARIABLE.",
+        ),
     ):
         function = option(function)
     return function

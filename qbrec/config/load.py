@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,7 +20,8 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
     """Read the configuration of a run.
 
     Args:
-        path: YAML file, or the name of a built-in preset (`preset:small`); None: defaults only.
+        path: YAML file, a built-in preset (`preset:small`), or an environment variable that holds the YAML
+            (`env:QBREC_CONFIG`: how a configuration travels with a submitted job); None: defaults only.
         overrides: `dotted.key=value` strings; values are YAML (`sequence.width=256`,
             `quantizer.levels=[64,64]`).
 
@@ -52,11 +54,7 @@ def _read(path: str) -> dict[str, Any]:
     if path.startswith("preset:"):
         return _preset(path.removeprefix("preset:"))
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration: {error.strerror}", where=path) from None
-    try:
-        tree = yaml.safe_load(text)
+        tree = yaml.safe_load(_text(path))
     except yaml.YAMLError as error:
         raise ConfigError(
             f"not valid YAML: {error}", where=path, fix="mend the syntax at that line"
@@ -69,6 +67,18 @@ def _read(path: str) -> dict[str, Any]:
         )
     base = tree.pop("preset", None)
     return _merge(_preset(str(base)), tree) if base else tree
+
+
+def _text(path: str) -> str:
+    if path.startswith("env:"):
+        text = os.environ.get(path.removeprefix("env:"))
+        if text is None:
+            raise ConfigError("there is no such variable", where=path, fix="set it, or name a file")
+        return text
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration: {error.strerror}", where=path) from None
 
 
 def _preset(name: str) -> dict[str, Any]:

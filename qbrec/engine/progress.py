@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -14,6 +16,10 @@ from qbrec.storage.artifact import write_atomic
 _TERMINAL_PERIOD_S = 0.2
 _LOG_PERIOD_S = 5.0
 _FILE_PERIOD_S = 0.5
+_LINE = re.compile(
+    r"  (?P<label>\S.*?) +[█·]{20} +(?P<percent>\d+)%"
+    r"  (?P<word>eta|took) (?P<clock>\d+(?::\d\d)+)(?P<info>.*)"
+)
 
 
 class Progress:
@@ -63,7 +69,7 @@ class Progress:
         fresh = self.done - self._first
         left = (self.total - self.done) * elapsed / fresh if fresh > 0 else None
         filled = int(share * 20)
-        eta = f"eta {_clock(left)}" if left is not None and share < 1 else f"took {_clock(elapsed)}"
+        eta = f"eta {clock(left)}" if left is not None and share < 1 else f"took {clock(elapsed)}"
         bar = "█" * filled + "·" * (20 - filled)
         return f"  {self.label:<26} {bar} {share:>4.0%}  {eta:<12} {self._info}".rstrip()
 
@@ -82,6 +88,40 @@ class Progress:
             if line != self._shown or sys.stderr.isatty():
                 draw_line(line, final=final)
             self._drawn, self._shown = now, line
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a progress line says.
+
+    Attributes:
+        label: What is being done.
+        share: Part of it that is done, 0 to 1, to a hundredth.
+        eta_s: Seconds that are left; None where it is over or not known yet.
+        info: What stands behind the bar, such as `loss`, `epoch` (`2/4`) and `step` (`120/400`).
+    """
+
+    label: str
+    share: float
+    eta_s: int | None
+    info: dict[str, str]
+
+
+def read_line(line: str) -> Reading | None:
+    """The other way round: what a line that `Progress.line` made says; None for any other line."""
+    found = _LINE.fullmatch(line.rstrip())
+    if found is None:
+        return None
+    seconds = 0
+    for part in found["clock"].split(":"):
+        seconds = 60 * seconds + int(part)
+    pairs = (pair.rpartition(" ") for pair in found["info"].split("  ") if pair.strip())
+    return Reading(
+        label=found["label"],
+        share=int(found["percent"]) / 100,
+        eta_s=seconds if found["word"] == "eta" else None,
+        info={name.strip(): value for name, _, value in pairs},
+    )
 
 
 def draw_line(line: str, *, final: bool, stream: TextIO | None = None) -> None:
@@ -126,7 +166,8 @@ class ProgressWatcher:
                 return
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`4:05` or `1:04:05`."""
     minutes, second = divmod(int(seconds + 0.5), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -292,6 +292,7 @@ class _Loop:
         self.ctx.barrier()
         return self.result
 
-    def _shown(self) -> dict[str, float]:
+    def _shown(self) -> dict[str, str | float]:
         curve = self.result.curve
-        return {self.monitor: curve[-1][self.monitor]} if self.monitor and curve else {}
+        judged = {self.monitor: curve[-1][self.monitor]} if self.monitor and curve else {}
+        return {"step": f"{self.step}/{self.total}", **judged}

@@ -1,18 +1,24 @@
-"""`ray job submit` to a real cluster of two nodes on this machine: cluster/local.sh, token and all."""
+"""Runs on a real cluster of two nodes on this machine, started by cluster/local.sh with its token: sent by
+`ray job submit`, and sent, followed and stopped by name."""
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.cli import ROOT, Road, environment, must
+from tests.support.cli import ROOT, STAGES, Road, environment, must, small_config
 from tests.support.processes import free_ports
 
 Shell = Callable[..., subprocess.CompletedProcess[str]]
@@ -51,6 +57,46 @@ def _read(path: Path) -> bytes:
         return b""
 
 
+@pytest.fixture(scope="module")
+def reach(cluster: Shell) -> dict[str, str]:
+    """The variables with which a client finds the cluster and is let in."""
+    exports = (shlex.split(line)[1] for line in must(cluster("env")).splitlines())
+    return dict(line.split("=", 1) for line in exports)
+
+
+def client(reach: dict[str, str], *args: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "qbrec", *map(str, args)]
+    return subprocess.Popen(
+        command,
+        cwd="/",  # the code that travels is not that of the current folder
+        env=environment(reach) | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, error = process.communicate(timeout=900)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def status(reach: dict[str, str], run: str) -> dict[str, Any]:
+    return dict(json.loads(must(end(client(reach, "status", run, "--json")))))
+
+
+def wait_for_step(reach: dict[str, str], run: str, step: int) -> dict[str, Any]:
+    """Until the newest attempt of a run has taken a step of fusion."""
+    deadline = time.monotonic() + 600
+    while True:
+        found = status(reach, run)
+        if found["stage"] == "fusion" and found.get("progress", {}).get("step", [0])[0] >= step:
+            return found
+        assert found["status"] in ("PENDING", "RUNNING"), found
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+
+
 def test_two_nodes_are_up_and_want_the_token(cluster: Shell) -> None:
     status = must(cluster("status"))
     assert status.count(": running") == 2
@@ -81,3 +127,65 @@ def test_a_submitted_run_succeeds_with_the_same_metrics(cluster: Shell, road: Ro
     )  # fmt: skip
     assert "succeeded" in must(job)
     assert run.metrics() == road.metrics()
+
+
+def test_a_run_sent_by_name_ends_with_the_same_metrics(
+    reach: dict[str, str], road: Road, tmp_path: Path
+) -> None:
+    tree = deepcopy(road.tree)
+    tree["run"] = {"name": "by-name", "storage": str(tmp_path / "storage")}
+    run = Road.write(tmp_path, tree)
+    done = end(client(reach, "submit", "--config", run.config))
+    log = must(done)
+    assert "qbrec-by-name-1: SUCCEEDED, exit code 0" in done.stderr
+    assert run.metrics() == road.metrics()
+    assert must(end(client(reach, "logs", "by-name"))) == log
+    found = status(reach, "by-name")
+    assert (found["status"], found["exit_code"], found["storage"]) == ("SUCCEEDED", 0, str(run.storage))
+    assert tuple(found["finished"]) == STAGES
+
+
+def test_the_exit_code_of_a_failing_run_comes_through(
+    reach: dict[str, str], shop: Path, tmp_path: Path
+) -> None:
+    tree = small_config(shop, tmp_path / "storage", name="failing")
+    tree["data"]["domains"]["shop"]["items"] = str(tmp_path / "nowhere.parquet")
+    run = Road.write(tmp_path, tree)
+    done = end(client(reach, "submit", "--config", run.config))
+    assert done.returncode == 3, done.stderr
+    assert "nowhere.parquet" in done.stdout
+    assert "qbrec-failing-1: FAILED, exit code 3" in done.stderr
+    found = status(reach, "failing")
+    assert (found["status"], found["exit_code"]) == ("FAILED", 3)
+    assert "nowhere.parquet" in found["error"]
+
+
+def test_a_run_is_stopped_with_a_checkpoint_and_goes_on_from_it(
+    reach: dict[str, str], shop: Path, tmp_path: Path
+) -> None:
+    tree = small_config(shop, tmp_path / "storage", name="long")
+    tree["fusion"]["train"] |= {"epochs": 5000, "checkpoint_every": 100_000}
+    run = Road.write(tmp_path, tree)
+    submitted = client(reach, "submit", "--config", run.config)
+    wait_for_step(reach, "long", 3)
+    second = end(client(reach, "submit", "--config", run.config))
+    assert second.returncode == 5
+    assert "error: attempt 1 of the run 'long' is RUNNING" in second.stderr
+
+    stopped = must(end(client(reach, "stop", "long")))
+    assert "qbrec-long-1 is STOPPED" in stopped
+    saved = re.search(r"stage 'fusion' was asked to stop, and saved step (\d+)", stopped)
+    assert saved, stopped
+    done = end(submitted)
+    assert done.returncode == 143, done.stderr
+    assert "qbrec-long-1: STOPPED, exit code 143" in done.stderr
+    assert (run.run_dir / "checkpoints" / "fusion" / f"step-{saved[1]}").is_dir()
+
+    assert (
+        "submitted qbrec-long-2 " in end(client(reach, "submit", "--config", run.config, "--no-wait")).stderr
+    )
+    found = wait_for_step(reach, "long", int(saved[1]) + 1)
+    assert (found["attempt"], found["finished"]) == (2, {"catalog": None})
+    steps = re.findall(r" step (\d+)/", must(end(client(reach, "logs", "long"))))
+    assert int(steps[0]) > int(saved[1]), "it began anew"
+    must(end(client(reach, "stop", "long")))

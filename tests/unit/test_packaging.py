@@ -122,7 +122,7 @@ def test_the_wheel_holds_every_source_file_and_the_serving_script(tmp_path: Path
     )
     wheel = next(iter(builder.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])))
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert "qbrec/_mlflow/serving_model.py" in names
+    assert {"qbrec/_mlflow/serving_model.py", "qbrec/_launch/runtime_env.yaml"} <= names
     sources = [
         path for path in (ROOT / "qbrec").rglob("*") if path.is_file() and "__pycache__" not in path.parts
     ]
