@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from qbrec.catalog.contract import Domain
 from qbrec.catalog.sources import open_parquet
@@ -23,18 +24,14 @@ def cut_units(domains: list[Domain], *, role: str, unit_rows: int) -> list[dict[
     units: list[dict[str, Any]] = []
     for domain in domains:
         for number, file in enumerate(getattr(domain, role)):
-            for piece in cut_file(file.path, unit_rows=unit_rows):
+            metadata = open_parquet(file.path).metadata
+            for piece in cut_file(file.path, metadata, unit_rows=unit_rows):
                 units.append({"number": len(units), "domain": domain.number, "file": number, **piece})
     return units
 
 
-def cut_file(path: str, *, unit_rows: int) -> Iterator[dict[str, Any]]:
-    """Slices of a file's row groups with at most `unit_rows` rows: what `read_unit` needs to read one.
-
-    Raises:
-        DataError: It cannot be read, or is no Parquet.
-    """
-    metadata = open_parquet(path).metadata
+def cut_file(path: str, metadata: pq.FileMetaData, *, unit_rows: int) -> Iterator[dict[str, Any]]:
+    """Slices of a file's row groups with at most `unit_rows` rows: what `read_unit` needs to read one."""
     first = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
