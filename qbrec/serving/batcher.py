@@ -61,11 +61,14 @@ class Batcher:
     Args:
         limits: Sizes and waiting times.
         on_batch: Told the histories of every batch.
+        on_waiting: Told how many histories have no answer yet, whenever that changes.
     """
 
-    def __init__(self, limits: ServingConfig, *, on_batch: Callable[[int], None]) -> None:
-        self._limits, self._on_batch = limits, on_batch
-        self.waiting = 0  # histories of requests that have no answer yet
+    def __init__(
+        self, limits: ServingConfig, *, on_batch: Callable[[int], None], on_waiting: Callable[[int], None]
+    ) -> None:
+        self._limits, self._on_batch, self._on_waiting = limits, on_batch, on_waiting
+        self._waiting = 0
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._ranking = ThreadPoolExecutor(1, thread_name_prefix="qbrec-rank")
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="qbrec-look-up")
@@ -99,9 +102,9 @@ class Batcher:
             QbrecError: The question cannot be answered: an unknown item or category, k out of range.
         """
         count = len(question.histories)
-        if self.waiting + count > self._limits.max_waiting:
+        if self._waiting + count > self._limits.max_waiting:
             raise Overloaded
-        self.waiting += count
+        self._count(count)
         try:
             loop = asyncio.get_running_loop()
             among = None
@@ -112,7 +115,11 @@ class Batcher:
             self._jobs.put_nowait(job)
             return await job.answer
         finally:
-            self.waiting -= count
+            self._count(-count)
+
+    def _count(self, more: int) -> None:
+        self._waiting += more
+        self._on_waiting(self._waiting)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

@@ -79,7 +79,7 @@ class Api:
 
     def __init__(self, live: LiveModel, *, limits: ServingConfig, observer: Observer) -> None:
         self._live, self._limits, self._observer = live, limits, observer
-        self._batcher = Batcher(limits, on_batch=observer.batch)
+        self._batcher = Batcher(limits, on_batch=observer.batch, on_waiting=observer.waiting)
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -122,7 +122,6 @@ class Api:
                 _Refused(500, "the request failed", fix="see the log of the service; repeat the request")
             )
         self._observer.answered(response.status_code, time.perf_counter() - start)
-        self._observer.waiting(self._batcher.waiting)
         return response
 
     async def _answer(self, request: Request) -> Response:

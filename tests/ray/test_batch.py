@@ -20,6 +20,7 @@ from qbrec.config.sections import ComputeConfig
 from qbrec.errors import ConfigError, DataError, LaunchError
 from qbrec.registry.recommend import Recommender
 from qbrec.registry.versions import register
+from qbrec.run_record import RunRecord
 from qbrec.serving.batch import recommend_users
 from qbrec.serving.model import ServedModel
 from qbrec.serving.output import IDENTITY, SCHEMA, SUMMARY
@@ -43,16 +44,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> TinyRun
     run = tiny_run(tmp_path_factory.mktemp("batch"), catalog={"block_bytes": 2000})
     copy_store(tmp_path_factory.getbasetemp(), Path(run.config.run.storage))
     assert CatalogView(run.artifacts["catalog"]).histories().num_blocks > 5
-    for name in ("catalog", "quantizer", "finetune", "evaluation"):  # what finished_artifacts reads
-        _note(run, name)
+    record = RunRecord.own(run.config, resume="never")
+    record.stages = {name: {"path": str(found.path)} for name, found in run.artifacts.items()}
+    record.save()
+    record.close()
     return run
-
-
-def _note(run: TinyRun, name: str) -> None:
-    path = run.run_dir / "run.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    record.setdefault("stages", {})[name] = {"seconds": 0.0, "path": str(run.artifacts[name].path)}
-    path.write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +273,10 @@ def test_kill_and_repeat_on_s3(tiny: TinyRun, everybody: Path, s3: FaultProxy, t
     address = ray.get_runtime_context().gcs_address
     started: list[subprocess.Popen[str]] = []
     fault = s3.fault(
-        "meanwhile", r"part-00002\.parquet", method="PUT", action=lambda: started[0].send_signal(signal.SIGKILL)
+        "meanwhile",
+        r"part-00002\.parquet",
+        method="PUT",
+        action=lambda: started[0].send_signal(signal.SIGKILL),
     )
 
     def start() -> subprocess.Popen[str]:
