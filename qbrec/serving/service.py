@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 APP = "qbrec"
 # Requests that a replica may have open beyond those that wait for lists: it answers them at once, health too.
 _ROOM = 256
+_LOOK_EVERY_S = 5.0
 
 
 class Replica:
@@ -135,13 +136,39 @@ def _serve(
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(application(config, uri, replicas=replicas, pool=pool), name=APP, route_prefix="/")
         say(f"http://{host}:{port}/v1/recommend serves {uri} (ready when /readyz says so)")
-        stop.wait()
+        _wait(stop, say)
         say("stopping: requests under way are answered")
         serve.delete(APP)
         serve.shutdown()
     finally:
         if started:
             ray.shutdown()
+
+
+def _wait(stop: threading.Event, say: Callable[[str], None]) -> None:
+    """Until told to stop; says when the application is in another state.
+
+    Raises:
+        LaunchError: Ray is gone.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    before = "RUNNING"
+    while not stop.wait(_LOOK_EVERY_S):
+        try:
+            found = serve.status().applications.get(APP)
+        except (ray.exceptions.RayError, RayServeException) as error:
+            raise LaunchError(
+                f"Ray Serve does not answer any more: {str(error).splitlines()[0]}",
+                where=APP,
+                fix="look at the cluster, then run the same command again",
+            ) from error
+        now = "gone" if found is None else str(found.status.value)
+        if now != before:
+            say(f"the application is {now}" + (f": {found.message}" if found and found.message else ""))
+            before = now
 
 
 def _check_port(host: str, port: int) -> None:

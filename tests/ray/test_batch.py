@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qbrec.catalog.sources import list_files
 from qbrec.config import dump_config
 from qbrec.config.sections import ComputeConfig
 from qbrec.errors import ConfigError, DataError, LaunchError
@@ -23,10 +24,10 @@ from qbrec.registry.versions import register
 from qbrec.run_record import RunRecord
 from qbrec.serving.batch import recommend_users
 from qbrec.serving.model import ServedModel
-from qbrec.serving.output import IDENTITY, SCHEMA, SUMMARY
-from qbrec.serving.users import NO_HISTORY, NO_ITEM, NO_USER
+from qbrec.serving.output import IDENTITY, SCHEMA, SUMMARY, BatchFolder, total
+from qbrec.serving.users import NO_HISTORY, NO_ITEM, NO_USER, catalogue_units, file_units
 from qbrec.serving.versions import fetch_bundle, find_version
-from qbrec.serving.worker import Wanted
+from qbrec.serving.worker import BatchJob, RankWorker, Wanted
 from qbrec.storage.catalog_view import CatalogView
 from qbrec.storage.folder import Folder
 from tests.support.cli import ROOT
@@ -77,17 +78,35 @@ def everybody(model: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
-def batch(model: ServedModel, out: Path | str, *, workers: int = 1, users: Any = "all", **wanted: Any) -> Any:
+def batch(
+    model: ServedModel,
+    out: Path | str,
+    *,
+    workers: int = 1,
+    device: Any = "cpu",
+    users: Any = "all",
+    **wanted: Any,
+) -> Any:
     told: list[str] = []
     summary = recommend_users(
         model,
         users=str(users),
         out=str(out),
         wanted=Wanted(**{"k": K} | wanted),
-        compute=ComputeConfig(num_workers=workers, device="cpu"),
+        compute=ComputeConfig(num_workers=workers, device=device),
         warn=told.append,
     )
     return summary | {"told": told}
+
+
+def in_process(
+    model: ServedModel, out: Path, units: list[dict[str, Any]], *, own: bool, **wanted: Any
+) -> None:
+    """What the actors do, without them."""
+    worker = RankWorker(BatchJob(model, Wanted(**{"k": K} | wanted), str(out), own_histories=own))
+    for unit in units:
+        (counts,) = worker(pa.Table.from_pylist([unit])).to_pylist()
+        assert (counts["number"], counts["rows"]) == (unit["number"], unit["rows"])
 
 
 def read(out: Path | str, prefix: str = "part") -> pa.Table:
@@ -158,7 +177,8 @@ class TestEverybody:
         self, model: ServedModel, recommender: Recommender, users: dict[str, list[str]], tmp_path: Path
     ) -> None:
         stock = tuple(recommender.popular(12))
-        batch(model, tmp_path, k=12, keep_seen=True, only=stock)
+        units = catalogue_units(CatalogView(model.artifact("catalog")).histories())
+        in_process(model, tmp_path, units, own=True, k=12, keep_seen=True, only=stock)
         among = recommender.only(item_ids=stock)
         expected = recommender.recommend(list(users.values()), k=12, keep_seen=True, among=among)
         assert_lists(lists(tmp_path), expected, list(users))
@@ -182,11 +202,6 @@ class TestEverybody:
             batch(model, tmp_path, k=0)
         with pytest.raises(DataError, match="no item on offer is in the category"):
             batch(model, tmp_path, categories=("nowhere",))
-        with pytest.raises(LaunchError, match="has no GPU"):
-            recommend_users(
-                model, users="all", out=str(tmp_path / "cuda"), wanted=Wanted(),
-                compute=ComputeConfig(device="cuda"), warn=print,
-            )  # fmt: skip
         assert not (tmp_path / IDENTITY).exists()
 
 
@@ -225,18 +240,21 @@ class TestFiles:
         for number, name in enumerate(given):
             table = pa.table({"user_id": [name], "history": pa.array([given[name]], kind)})
             pq.write_table(table, tmp_path / "in" / f"{number}.parquet")
-        summary = batch(model, tmp_path / "out", users=tmp_path / "in")
+        units, with_history = file_units(list_files(str(tmp_path / "in"), where="--users"))
+        assert with_history
+        in_process(model, tmp_path / "out", units, own=False)
         expected = recommender.recommend([given["a"], recommender.popular(2)], k=K)
         assert_lists(lists(tmp_path / "out"), expected, ["a", "b"])
         reasons = {row["user_id"]: row["reason"] for row in read(tmp_path / "out", "rejected").to_pylist()}
         assert reasons == {"c": NO_HISTORY, "d": NO_HISTORY, "e": NO_ITEM}
-        assert (summary["rejected"], summary["unknown_items"]) == (3, 4)
-        assert "4 items of histories are not in the catalogue" in summary["told"][1]
+        counts = total(list(BatchFolder(str(tmp_path / "out")).done().values()))
+        assert counts == {"users": 2, "rejected": 3, "unknown_items": 4}
 
     def test_changed_input_is_another_batch(self, model: ServedModel, users: Any, tmp_path: Path) -> None:
         path = tmp_path / "users.parquet"
         pq.write_table(pa.table({"user_id": [min(users)]}), path)
-        batch(model, tmp_path / "out", users=path)
+        with pytest.raises(LaunchError, match="has no GPU"):  # claimed, then it goes no further
+            batch(model, tmp_path / "out", users=path, device="cuda")
         pq.write_table(pa.table({"user_id": [max(users)]}), path)
         with pytest.raises(ConfigError, match="another batch: users is another"):
             batch(model, tmp_path / "out", users=path)
@@ -252,7 +270,8 @@ class TestFiles:
         assert served.fingerprints == model.fingerprints
         table = pa.table({"user_id": list(users), "history": list(users.values())})
         pq.write_table(table, tmp_path / "users.parquet")
-        batch(served, tmp_path / "out", users=tmp_path / "users.parquet")
+        units, _ = file_units(list_files(str(tmp_path / "users.parquet"), where="--users"))
+        in_process(served, tmp_path / "out", units, own=False)
         expected, found = lists(everybody), lists(tmp_path / "out")
         assert {name: found[name][0] for name in found} == {name: expected[name][0] for name in expected}
         for given in ("all", tmp_path / "ids.parquet"):
