@@ -63,9 +63,9 @@ def build(folder: Path) -> dict[str, float]:
     from qbrec.catalog.build_items import build_items
     from qbrec.catalog.contract import read_contract
     from qbrec.catalog.duplicates.near_duplicates import build_near_duplicates
-    from qbrec.catalog.units import ray_errors
     from qbrec.config import parse_config
     from qbrec.engine.context import StageContext
+    from qbrec.engine.ray_data import ray_errors
     from qbrec.engine.ray_session import ensure_ray
     from qbrec.storage.artifact import ArtifactStore
 
@@ -76,7 +76,7 @@ def build(folder: Path) -> dict[str, float]:
     domains = read_contract(config.data, config.catalog)
     writer = ctx.writer()
     begin = time.perf_counter()
-    with ray_errors():
+    with ray_errors("catalog"):
         items = build_items(ctx, config, domains, writer)
         middle = time.perf_counter()
         _, facts = build_histories(ctx, config, domains, writer, items)

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from qbrec.catalog.exchange import exchange, range_of, reduce, split_by
-from qbrec.catalog.units import ray_errors
 from qbrec.config.sections import ComputeConfig
+from qbrec.engine.ray_data import ray_errors
 from qbrec.engine.ray_session import ensure_ray
 
 BLOCK = 1 << 20
@@ -84,7 +84,7 @@ def main() -> None:
     sizes = [min(BLOCK, arguments.rows - begin) for begin in range(0, arguments.rows, BLOCK)]
     refs = [ray.put(make_block(number, size, arguments.partitions)) for number, size in enumerate(sizes)]
     seconds: dict[str, list[float]] = {"ours": [], "ray_data": []}
-    with ray_errors():
+    with ray_errors("catalog"):
         for turn in range(arguments.rounds + 1):  # the first turn starts workers and does not count
             answers = []
             for name, work in (("ours", ours), ("ray_data", ray_data)):

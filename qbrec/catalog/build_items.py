@@ -26,9 +26,10 @@ from qbrec.catalog.index import Uniqueness
 from qbrec.catalog.parts import block_size
 from qbrec.catalog.shards import ShardJob
 from qbrec.catalog.store_items import store_items
-from qbrec.catalog.units import ITEM_UNIT_ROWS, blocks_of, cut_units, unit_dataset
+from qbrec.catalog.units import ITEM_UNIT_ROWS, cut_units
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
+from qbrec.engine.ray_data import blocks_of, unit_dataset
 from qbrec.errors import DataError
 from qbrec.storage.artifact import ArtifactWriter
 

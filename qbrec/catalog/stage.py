@@ -13,9 +13,9 @@ from qbrec.catalog.build_histories import build_histories
 from qbrec.catalog.build_items import build_items
 from qbrec.catalog.contract import read_contract
 from qbrec.catalog.duplicates.near_duplicates import build_near_duplicates
-from qbrec.catalog.units import ray_errors
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
+from qbrec.engine.ray_data import ray_errors
 from qbrec.engine.ray_session import ensure_ray
 from qbrec.storage.artifact import Artifact
 
@@ -38,7 +38,7 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     domains = read_contract(config.data, config.catalog)
     ensure_ray(config.compute)
     writer = ctx.writer()
-    with ray_errors():
+    with ray_errors("catalog"):
         items = build_items(ctx, config, domains, writer)
         reasons, facts = build_histories(ctx, config, domains, writer, items)
         names = [domain.name for domain in domains]

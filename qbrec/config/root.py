@@ -11,6 +11,7 @@ from qbrec.config.sections import (
     DataConfig,
     RegistryConfig,
     RunConfig,
+    ServingConfig,
     TrackingConfig,
 )
 from qbrec.config.stages import (
@@ -38,3 +39,4 @@ class RootConfig(Section):
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+    serving: ServingConfig = ServingConfig()

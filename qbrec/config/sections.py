@@ -225,3 +225,17 @@ class RegistryConfig(Section):
     model_name: Name = "qbrec"
     max_part_bytes: Count = 4 << 30  # a part (catalog, quantizer, …) beyond it is served from where it lies
     gate: GateConfig = GateConfig()
+
+
+class ServingConfig(Section):
+    """`qbrec serve`: how requests are ranked together, and what one of them may ask for."""
+
+    max_batch: Positive = 64  # histories ranked together; a request with more is ranked as it is
+    max_wait_ms: Annotated[float, Field(ge=0.0, le=1000.0)] = 2.0  # that a history waits for company
+    max_waiting: Positive = 1024  # histories of a replica under way; beyond, requests are answered 503
+    max_histories: Positive = 64  # of one request
+    max_history_items: Positive = 1024  # of one history
+    max_k: Positive = 200
+    max_body_bytes: Positive = 1 << 20
+    poll_s: Seconds = 10.0  # between two looks at the registry for another version
+    drain_s: Seconds = 30.0  # that requests under way get when the service ends

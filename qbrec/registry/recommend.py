@@ -79,8 +79,12 @@ class Recommender:
         self.num_waiting = int(catalog.candidates(domain)[len(semantic_ids) :].sum())
 
     @classmethod
-    def load(cls, folder: str | Path) -> Recommender:
+    def load(cls, folder: str | Path, *, device: str = "cpu") -> Recommender:
         """Open a bundle.
+
+        Args:
+            folder: Written by `write_bundle`.
+            device: Where the encoder shall run.
 
         Raises:
             DataError: It is no bundle, or a file of it is damaged.
@@ -88,11 +92,17 @@ class Recommender:
         folder = Path(folder)
         document = read_bundle(folder)
         ranking = RankingConfig.model_validate(document["ranking"])
-        return cls.from_artifacts(open_served(folder), domain=document["domain"], ranking=ranking)
+        artifacts = open_served(folder)
+        return cls.from_artifacts(artifacts, domain=document["domain"], ranking=ranking, device=device)
 
     @classmethod
     def from_artifacts(
-        cls, artifacts: Mapping[str, Artifact], *, ranking: RankingConfig, domain: str | None = None
+        cls,
+        artifacts: Mapping[str, Artifact],
+        *,
+        ranking: RankingConfig,
+        domain: str | None = None,
+        device: str = "cpu",
     ) -> Recommender:
         """Build it from a run's artifacts.
 
@@ -101,6 +111,7 @@ class Recommender:
                 generations appended since: `generation-1`, `ids-1`, `alike-1`, `generation-2`, …
             ranking: The run's ranking configuration.
             domain: None: the catalogue's target domain.
+            device: Where the encoder shall run.
 
         Raises:
             DataError: An artifact is missing or damaged, or the model was not trained on the domain.
@@ -129,6 +140,7 @@ class Recommender:
                 appended=numbered(artifacts, ALIKE),
                 semantic_ids=table.tokens,
                 chunk_items=ranking.chunk_items,
+                device=device,
             ),
             domain=domain,
             ranking=ranking,
@@ -183,7 +195,60 @@ class Recommender:
                 retired or has no semantic ID yet.
             ConfigError: k is below 1 or above the number of items of the domain.
         """
-        rows = [self._rows(history, position=i) for i, history in enumerate(histories)]
+        best, scores = self.rank(self.resolve(histories), k=k, keep_seen=keep_seen, among=among)
+        return self.describe(best, scores)
+
+    def resolve(self, histories: Sequence[Sequence[str]], *, suggest_from: int = _SUGGEST_FROM) -> Ragged:
+        """Item rows of histories, for `rank`.
+
+        Args:
+            histories: See `recommend`.
+            suggest_from: Ids that an unknown one is compared with, at most, to suggest another.
+
+        Raises:
+            DataError: A history is empty or names an item that the catalogue does not have.
+        """
+        found = [self._rows(h, position=i, suggest_from=suggest_from) for i, h in enumerate(histories)]
+        return Ragged.from_lists([rows.tolist() for rows in found])
+
+    def rank(
+        self, histories: Ragged, *, k: int = 10, keep_seen: bool = False, among: Allowed | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The k best items for histories of item rows (`resolve`, `lookup`): no ids, titles or labels.
+
+        Args:
+            histories: B rows of item rows, none empty, most recent last.
+            k: See `recommend`.
+            keep_seen: See `recommend`.
+            among: See `recommend`.
+
+        Returns:
+            Item rows int64 [B, k] and scores float32 [B, k], best first; row -1 where there are fewer.
+
+        Raises:
+            DataError: Every item is retired or has no semantic ID yet.
+            ConfigError: k is below 1 or above the number of items of the domain.
+        """
+        self.check(k, among=among)
+        among = among or self._on_offer
+        best = np.full((len(histories), k), -1, np.int64)
+        scores = np.full((len(histories), k), -np.inf, np.float32)
+        for begin in range(0, len(histories), BATCH):
+            batch = histories.slice(begin, min(begin + BATCH, len(histories)))
+            # Rows without an ID yet are in no race that they could be taken out of.
+            exclude = None if keep_seen else batch.where(batch.values < len(self._ids))
+            found, values = self._ranker.top_k(batch, self._domain_index, k, exclude=exclude, among=among)
+            best[begin : begin + BATCH] = found.cpu().numpy()
+            scores[begin : begin + BATCH] = values.cpu().numpy()
+        return best, scores
+
+    def describe(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> list[list[Recommendation]]:
+        """What `rank` gave, [B, k] each, in words: B lists."""
+        pairs = zip(rows, scores, strict=True)
+        return [self._describe(found[found >= 0], score[found >= 0]) for found, score in pairs]
+
+    def check(self, k: int, *, among: Allowed | None = None) -> None:
+        """Whether k items can be recommended to anybody; raises what `rank` would."""
         if not self.num_candidates:
             raise DataError(
                 f"the domain {self.domain!r} has nothing to recommend: {self.num_waiting:,} items wait for "
@@ -199,12 +264,17 @@ class Recommender:
                 where="k",
                 fix=f"choose k between 1 and {count}",
             )
-        found: list[list[Recommendation]] = []
-        for start in range(0, len(rows), BATCH):
-            found += self._batch(
-                rows[start : start + BATCH], k=k, keep_seen=keep_seen, among=among or self._on_offer
-            )
-        return found
+
+    def lookup(self, item_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Rows of item ids, int64 [n]; of near-duplicates one stands for all, -1: unknown."""
+        rows = np.array(self._catalog.lookup(item_ids, self.domain), np.int64)
+        known = rows >= 0
+        rows[known] = self._catalog.representatives(rows[known])
+        return rows
+
+    def item_ids(self, rows: NDArray[np.int64]) -> list[str]:
+        """Item ids of rows, in their order."""
+        return self._catalog.item_ids(rows)
 
     def popular(self, count: int) -> list[str]:
         """Item ids of the domain's most popular items in training."""
@@ -229,16 +299,6 @@ class Recommender:
         """Everything that may be recommended, made ready by the first request."""
         return self._ranker.only(self._allowed)
 
-    def _batch(
-        self, rows: list[NDArray[np.int64]], *, k: int, keep_seen: bool, among: Allowed
-    ) -> list[list[Recommendation]]:
-        histories = Ragged.from_lists([list(row) for row in rows])
-        # Rows without an ID yet are in no race that they could be taken out of.
-        exclude = None if keep_seen else histories.where(histories.values < len(self._ids))
-        best, values = self._ranker.top_k(histories, self._domain_index, k, exclude=exclude, among=among)
-        pairs = zip(best.cpu().numpy(), values.cpu().numpy(), strict=True)
-        return [self._describe(found[found >= 0], score[found >= 0]) for found, score in pairs]
-
     def _describe(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Recommendation]:
         ids, titles = self._catalog.item_ids(rows), self._catalog.titles(rows)
         return [
@@ -252,7 +312,7 @@ class Recommender:
             for item_id, title, score, row in zip(ids, titles, scores, rows, strict=True)
         ]
 
-    def _rows(self, history: Sequence[str], *, position: int) -> NDArray[np.int64]:
+    def _rows(self, history: Sequence[str], *, position: int, suggest_from: int) -> NDArray[np.int64]:
         if len(history) == 0:
             raise DataError(
                 "a history is empty: there is nothing to continue",
@@ -266,10 +326,10 @@ class Recommender:
                 where=f"history {position}",
                 fix="write item ids as texts",
             )
-        rows = np.asarray(self._catalog.lookup(list(history), self.domain))
+        rows = self.lookup(list(history))
         if (rows < 0).any():
             unknown = history[int(np.flatnonzero(rows < 0)[0])]
-            near = self._nearest(unknown)
+            near = self._nearest(unknown, suggest_from)
             raise DataError(
                 f"unknown item id {unknown!r} in domain {self.domain!r}",
                 where=f"history {position}",
@@ -277,15 +337,20 @@ class Recommender:
                 if near
                 else "use item ids of the catalogue that was trained on, or appended to it",
             )
-        return self._catalog.representatives(rows)
+        return rows
 
-    def _nearest(self, unknown: str) -> list[str]:
+    def _nearest(self, unknown: str, most: int) -> list[str]:
         """Up to three known ids that look like it; in large catalogues among those of the same beginning."""
-        rows = np.flatnonzero(self._allowed)
-        known = self._catalog.item_ids(rows) if len(rows) <= 50 * _SUGGEST_FROM else []
+        known = self._suggestions
         for length in (0, 2, 4, 6):
-            if len(known) <= _SUGGEST_FROM:
+            if len(known) <= most:
                 break
             start = unknown[:length].lower()
             known = [item for item in known if item.lower().startswith(start)]
-        return difflib.get_close_matches(unknown, known[:_SUGGEST_FROM], n=3, cutoff=0.6)
+        return difflib.get_close_matches(unknown, known[:most], n=3, cutoff=0.6)
+
+    @cached_property
+    def _suggestions(self) -> list[str]:
+        """Ids that may be meant where an unknown one stands; none where there are millions."""
+        rows = np.flatnonzero(self._allowed)
+        return self._catalog.item_ids(rows) if len(rows) <= 50 * _SUGGEST_FROM else []

@@ -17,6 +17,7 @@ from qbrec.storage.artifact import Artifact
 from qbrec.storage.blocks import BlockSet, RaggedField
 from qbrec.storage.hashing import hash64, rows_of
 from qbrec.storage.ragged import Ragged
+from qbrec.storage.user_index import users_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -191,6 +192,11 @@ class CatalogView(DomainRows):
         """User ids of user numbers, in their order."""
         ids: list[str] = self._users["user_id"].take(np.asarray(users, dtype=np.int64)).to_pylist()
         return ids
+
+    def lookup_users(self, user_ids: Sequence[str], domain: str) -> NDArray[np.int64]:
+        """Numbers of users of a domain, int64 [n]; -1 where an id is unknown."""
+        self.domain_number(domain)
+        return users_of(self._users, domain, user_ids)
 
     def load_histories(self, domain: str | None = None) -> Histories:
         """Histories of all users, or of one domain's, in memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class TinyRun:
     artifacts: dict[str, Artifact]
 
 
-def tiny_run(folder: Path) -> TinyRun:
+def tiny_run(folder: Path, **sections: Any) -> TinyRun:
     """Everything that registering and reporting read; needs Ray for the catalogue."""
     made = generate(folder / "shop", num_items=150, num_users=120, images=False)
     domains = {"shop": {"items": str(made.items), "interactions": str(made.interactions)}}
@@ -42,6 +43,7 @@ def tiny_run(folder: Path) -> TinyRun:
             "sequence": {"width": 32, "layers": 1, "heads": 2, "max_items": 10},
             "evaluation": {"bootstrap": 100, "baselines": ["popularity", "itemknn"]},
         }
+        | sections
     )
     run_dir = folder / "storage" / "runs" / "tiny"
     context = stage(config, run_dir, "catalog", seed=0)

@@ -31,8 +31,9 @@ from qbrec.catalog.encoders.named import (
     precision_of,
     text_encoder,
 )
-from qbrec.catalog.encoders.pool import EncoderPool, encoder_pool
+from qbrec.catalog.encoders.pool import encoder_pool
 from qbrec.config.sections import CatalogConfig, ComputeConfig, ImageConfig, TextConfig
+from qbrec.engine.actor_pool import ActorPool
 from qbrec.errors import ConfigError, LaunchError
 from tests.support.tiny_encoders import save_bert, save_clip
 
@@ -169,7 +170,7 @@ def test_precision() -> None:
 NAMED = CatalogConfig(text=TextConfig(encoder="org/m", revision=COMMIT))
 
 
-def pool(config: CatalogConfig = NAMED, **changes: Any) -> EncoderPool | None:
+def pool(config: CatalogConfig = NAMED, **changes: Any) -> ActorPool | None:
     settings: dict[str, Any] = {
         "encoded": ("text",), "resources": {"CPU": 16.0, "GPU": 4.0}, "actors": 0, "gpus_per_actor": 1.0,
         "cpus_per_actor": 1,
@@ -187,17 +188,17 @@ def test_a_pool_only_for_named_encoders_that_are_needed() -> None:
 
 
 def test_the_size_of_a_pool() -> None:
-    assert pool() == EncoderPool(1, 4, 1.0, 1, "cuda")
-    assert pool(gpus_per_actor=0.5) == EncoderPool(1, 8, 0.5, 1, "cuda")
-    assert pool(gpus_per_actor=0.4) == EncoderPool(1, 8, 0.4, 1, "cuda")  # two on each GPU, not ten on four
-    assert pool(actors=3) == EncoderPool(1, 3, 1.0, 1, "cuda")
-    assert pool(cpus_per_actor=8) == EncoderPool(1, 2, 1.0, 8, "cuda")
+    assert pool() == ActorPool(1, 4, 1.0, 1, "cuda")
+    assert pool(gpus_per_actor=0.5) == ActorPool(1, 8, 0.5, 1, "cuda")
+    assert pool(gpus_per_actor=0.4) == ActorPool(1, 8, 0.4, 1, "cuda")  # two on each GPU, not ten on four
+    assert pool(actors=3) == ActorPool(1, 3, 1.0, 1, "cuda")
+    assert pool(cpus_per_actor=8) == ActorPool(1, 2, 1.0, 8, "cuda")
     cpu = ComputeConfig(device="cpu")
-    assert pool(compute=cpu, cpus_per_actor=3) == EncoderPool(1, 5, 0.0, 3, "cpu")
-    assert pool(resources={"CPU": 2.0}) == EncoderPool(1, 2, 0.0, 1, "cpu")
+    assert pool(compute=cpu, cpus_per_actor=3) == ActorPool(1, 5, 0.0, 3, "cpu")
+    assert pool(resources={"CPU": 2.0}) == ActorPool(1, 2, 0.0, 1, "cpu")
     with pytest.raises(LaunchError, match="no GPU"):
         pool(resources={"CPU": 2.0}, compute=ComputeConfig(device="cuda"))
-    with pytest.raises(LaunchError, match="no encoding actor fits"):
+    with pytest.raises(LaunchError, match="no actor fits"):
         pool(cpus_per_actor=32)
 
 

@@ -28,9 +28,9 @@ from qbrec.catalog.parts import block_size, new_array
 from qbrec.catalog.shards import ShardJob
 from qbrec.catalog.sources import list_files
 from qbrec.catalog.store_items import store_items, write_shards
-from qbrec.catalog.units import ray_errors
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
+from qbrec.engine.ray_data import ray_errors
 from qbrec.engine.ray_session import ensure_ray
 from qbrec.errors import DataError
 from qbrec.storage.artifact import Artifact, ArtifactWriter, artifact_key
@@ -121,7 +121,7 @@ def build_generation(
     compared = Compared.nothing(view.num_items)
     if request.items is not None:
         ensure_ray(config.compute)
-        with ray_errors():
+        with ray_errors("catalog"):
             steps = ItemSteps(ctx, config, domains, writer.path, frozen)
             steps.scan(fit=False)
             compared = compare_items(ctx, steps, view)

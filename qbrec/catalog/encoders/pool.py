@@ -1,32 +1,12 @@
-"""Whether named encoders need a pool of Ray actors, how large it is, and what each actor takes."""
+"""Whether named encoders need a pool of Ray actors."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 from qbrec.catalog.encoders.models import check_named, encoders
 from qbrec.config.sections import CatalogConfig, ComputeConfig
-from qbrec.errors import LaunchError
-
-
-@dataclass(frozen=True)
-class EncoderPool:
-    """A pool of encoding actors.
-
-    Attributes:
-        min_size: Actors that are kept.
-        max_size: Actors that may run at once.
-        num_gpus: GPUs of one actor; a fraction shares a GPU.
-        num_cpus: CPUs of one actor.
-        device: `cuda` or `cpu`: where the models of an actor run.
-    """
-
-    min_size: int
-    max_size: int
-    num_gpus: float
-    num_cpus: int
-    device: str
+from qbrec.engine.actor_pool import ActorPool, actor_pool
 
 
 def encoder_pool(
@@ -38,21 +18,21 @@ def encoder_pool(
     actors: int,
     gpus_per_actor: float,
     cpus_per_actor: int,
-) -> EncoderPool | None:
+) -> ActorPool | None:
     """The pool that encodes the items, or None where the built-in encoders do (plain tasks are enough).
 
     Args:
         config: The catalogue's configuration.
         compute: Where the run executes.
         encoded: Modalities that are encoded here, not brought as vectors: of `text` and `image`.
-        resources: Of the cluster, as `ray.cluster_resources()` says.
-        actors: Most actors at once; 0: as many as the cluster holds.
-        gpus_per_actor: GPUs of one actor, where GPUs are used.
-        cpus_per_actor: CPUs of one actor.
+        resources: See `actor_pool`.
+        actors: See `actor_pool`.
+        gpus_per_actor: See `actor_pool`.
+        cpus_per_actor: See `actor_pool`.
 
     Raises:
         ConfigError: A named encoder is not pinned, or its folder is not there.
-        LaunchError: `compute.device: cuda` on a cluster without GPUs, or not even one actor finds room.
+        LaunchError: See `actor_pool`.
     """
     named = [
         part for name, part, built_in in encoders(config) if name in encoded and part.encoder != built_in
@@ -61,22 +41,10 @@ def encoder_pool(
         return None
     for part in named:
         check_named(part)
-    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
-    if compute.device == "cuda" and not gpus:
-        raise LaunchError(
-            "the cluster has no GPU", where="compute.device: cuda", fix="add a GPU node, or set it to auto"
-        )
-    cuda = gpus > 0 and compute.device != "cpu"
-    room = int(cpus // cpus_per_actor)
-    if cuda:
-        # A GPU serves whole actors only: of 0.4 each it holds two.
-        per_gpu = int(1 / gpus_per_actor) if gpus_per_actor <= 1 else 1 / gpus_per_actor
-        room = min(room, int(gpus * per_gpu))
-    if room < 1:
-        raise LaunchError(
-            f"no encoding actor fits into the cluster ({cpus:g} CPUs, {gpus:g} GPUs)",
-            where=f"{cpus_per_actor} CPUs and {gpus_per_actor:g} GPUs for each",
-            fix="ask for less for each, or add nodes",
-        )
-    size = min(actors, room) if actors else room
-    return EncoderPool(1, size, gpus_per_actor if cuda else 0.0, cpus_per_actor, "cuda" if cuda else "cpu")
+    return actor_pool(
+        compute,
+        resources=resources,
+        actors=actors,
+        gpus_per_actor=gpus_per_actor,
+        cpus_per_actor=cpus_per_actor,
+    )
