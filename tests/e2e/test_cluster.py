@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
-from tests.support.cli import ROOT, Road, environment, must
+from tests.support.cli import ROOT, STAGES, Road, environment, must
 from tests.support.processes import free_ports
+from tests.support.scrape import scrape
 
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -71,13 +74,25 @@ def test_a_second_cluster_is_refused(cluster: Shell) -> None:
     assert "already runs" in again.stderr
 
 
-def test_a_submitted_run_succeeds_with_the_same_metrics(cluster: Shell, road: Road, tmp_path: Path) -> None:
+def test_a_submitted_run_succeeds_with_the_same_metrics_and_is_seen_by_prometheus(
+    cluster: Shell, road: Road, tmp_path: Path
+) -> None:
     tree = deepcopy(road.tree)
     tree["run"] = {"name": "submitted", "storage": str(tmp_path / "storage")}
     run = Road.write(tmp_path, tree)
-    job = cluster(
-        "submit", "--working-dir", ".", "--runtime-env", "launch/runtime_env.yaml",
-        "--", "python", "-m", "qbrec", "run", "--config", str(run.config),
-    )  # fmt: skip
-    assert "succeeded" in must(job)
+    # The driver runs on the head, whose metrics port is the 16th of the cluster's.
+    port = int(must(cluster("env")).split("RAY_ADDRESS=127.0.0.1:")[1].split()[0]) + 15
+    seen: set[tuple[str, str]] = set()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(
+            cluster,
+            "submit", "--working-dir", ".", "--runtime-env", "launch/runtime_env.yaml",
+            "--", "python", "-m", "qbrec", "run", "--config", str(run.config),
+        )  # fmt: skip
+        while not job.done():
+            seen |= {(name, labels["stage"]) for name, labels, _ in scrape(port, run="submitted")}
+            time.sleep(1)
+    assert "succeeded" in must(job.result())
     assert run.metrics() == road.metrics()
+    assert "ray_qbrec_loss" in {name for name, _ in seen}
+    assert {stage for _, stage in seen} <= set(STAGES)
