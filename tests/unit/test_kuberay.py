@@ -32,6 +32,11 @@ def containers(tree: dict[str, Any]) -> list[dict[str, Any]]:
     return [c for template in pod_templates(tree).values() for c in template["spec"]["containers"]]
 
 
+def gibibytes(quantity: str) -> int:
+    assert quantity.endswith("Gi")
+    return int(quantity.removesuffix("Gi"))
+
+
 class TestSchemas:
     @pytest.mark.parametrize("file", sorted(KUBERAY.glob("*.yaml")), ids=lambda path: path.stem)
     def test_an_api_server_would_take_it(self, file: Path) -> None:
@@ -176,7 +181,11 @@ class TestClusters:
             (container,) = pod["containers"]
             places = {m["mountPath"]: volumes[m["name"]] for m in container["volumeMounts"]}
             assert set(volumes) == {m["name"] for m in container["volumeMounts"]}
-            assert places["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+            shared = places["/dev/shm"]["emptyDir"]
+            assert shared["medium"] == "Memory"
+            # Ray gives 30 % of the memory to its object store, and leaves /dev/shm where that does not fit.
+            memory = container["resources"]["limits"]["memory"]
+            assert 0.3 * gibibytes(memory) < gibibytes(shared["sizeLimit"]) < gibibytes(memory)
             claimed = places["/mnt/qbrec"]["persistentVolumeClaim"]["claimName"]
             assert claimed == claim["metadata"]["name"]
 
