@@ -53,6 +53,8 @@ class Pipeline:
     def __enter__(self) -> Self:
         from qbrec.engine.launch import process_group, resolve_launcher
         from qbrec.engine.preemption import stop_on_sigterm
+        from qbrec.engine.ray_metrics import RayGauges
+        from qbrec.tracking.export import GAUGES, Exporter
         from qbrec.tracking.tracker import Tracker
 
         torchrun = resolve_launcher(self.config) == "torchrun"
@@ -68,6 +70,9 @@ class Pipeline:
                 self._refuse_known()
                 self.record = RunRecord.own(self.config, resume=self._resume)
                 self.tracker = Tracker(self.config, self.run_dir)
+                self._held.enter_context(
+                    Exporter(self.run_dir, run=self.config.run.name, publish=RayGauges(GAUGES))
+                )
         return self
 
     def __exit__(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import threading
 import time
 from collections import defaultdict
@@ -15,17 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qbrec.config import RootConfig
 from qbrec.tracking.client import connect, tracking_uri
 from qbrec.tracking.flatten import safe_name
+from qbrec.tracking.lines import METRICS_FILE, read_chunk
 from qbrec.tracking.state import RUNNING, Node, TrackingState
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-METRICS_FILE = "metrics.jsonl"
 IDENTITY = "qbrec.identity"
 _BATCH = 1000  # MLflow's limit on metrics per request
 _PARAMS = 100  # and on parameters, and on tags
-_CHUNK = 4 << 20  # bytes of metrics.jsonl per pass
 T = TypeVar("T")
 _PERMANENT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
@@ -152,29 +149,22 @@ class Synchroniser:
         from mlflow.entities import Metric
 
         path = self._run_dir / METRICS_FILE
-        if not path.is_file():
-            return False
-        with open(path, "rb") as file:
-            offset = self._state.offset if self._state.offset <= path.stat().st_size else 0
-            file.seek(offset)
-            chunk = file.read(_CHUNK)
-        end = chunk.rfind(b"\n") + 1  # the last line may still be in the writer's hands
-        if end == 0:
+        chunk = read_chunk(path, self._state.offset)
+        if chunk is None:
             return False
         points: dict[int, list[Metric]] = defaultdict(list)
         with self._lock:
-            for line in chunk[:end].splitlines():
-                parsed = _parse(line)
-                if parsed is None:
-                    self._refuse(f"{path}: not a metrics line: {line[:80].decode(errors='replace')}")
-                    continue
-                stage, step, when, values = parsed
-                node = self._state.at(stage, when)
-                points[id(node)].extend(Metric(safe_name(k), v, when, step) for k, v in values.items())
+            for raw in chunk.refused:
+                self._refuse(f"{path}: not a metrics line: {raw[:80].decode(errors='replace')}")
+            for line in chunk.lines:
+                node = self._state.at(line.stage, line.time_ms)
+                points[id(node)].extend(
+                    Metric(safe_name(k), v, line.time_ms, line.step) for k, v in line.metrics.items()
+                )
             nodes = {id(node): node for node in self._state.nodes}
         for identity, metrics in points.items():
             self._metrics(client, self._ensure_run(client, nodes[identity]), metrics)
-        self._mark(partial(setattr, self._state, "offset", offset + end))
+        self._mark(partial(setattr, self._state, "offset", chunk.end))
         return True
 
     def _metrics(self, client: MlflowClient, run_id: str, metrics: list[Metric]) -> None:
@@ -203,19 +193,6 @@ class Synchroniser:
 
     def _save(self) -> None:
         self._state.save(self._run_dir)
-
-
-def _parse(line: bytes) -> tuple[str, int, int, dict[str, float]] | None:
-    """Stage, step, time in ms and the metrics of one line; None if it is none."""
-    try:
-        entry = json.loads(line)
-        values = {str(k): float(v) for k, v in entry["metrics"].items()}
-        when = float(entry["time"])
-        if not math.isfinite(when):
-            return None
-        return str(entry["stage"]), int(entry["step"]), int(when * 1000), values
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
 
 
 def _dataset(fields: dict[str, str]) -> Any:

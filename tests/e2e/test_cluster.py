@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 
 from tests.support.cli import ROOT, STAGES, Road, environment, must, small_config
 from tests.support.processes import free_ports
+from tests.support.scrape import scrape
 
 Shell = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -117,32 +119,49 @@ def test_a_second_cluster_is_refused(cluster: Shell) -> None:
     assert "already runs" in again.stderr
 
 
-def test_a_submitted_run_succeeds_with_the_same_metrics(cluster: Shell, road: Road, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def submitted(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """The configuration of the undisturbed run, with a storage of its own."""
+    folder = tmp_path_factory.mktemp("submitted")
     tree = deepcopy(road.tree)
-    tree["run"] = {"name": "submitted", "storage": str(tmp_path / "storage")}
-    run = Road.write(tmp_path, tree)
-    job = cluster(
-        "submit", "--working-dir", ".", "--runtime-env", "launch/runtime_env.yaml",
-        "--", "python", "-m", "qbrec", "run", "--config", str(run.config),
-    )  # fmt: skip
-    assert "succeeded" in must(job)
-    assert run.metrics() == road.metrics()
+    tree["run"] = {"name": "submitted", "storage": str(folder / "storage")}
+    return Road.write(folder, tree)
 
 
-def test_a_run_sent_by_name_ends_with_the_same_metrics(
-    reach: dict[str, str], road: Road, tmp_path: Path
+def test_a_submitted_run_succeeds_with_the_same_metrics_and_is_seen_by_prometheus(
+    cluster: Shell, road: Road, submitted: Road
 ) -> None:
-    tree = deepcopy(road.tree)
-    tree["run"] = {"name": "by-name", "storage": str(tmp_path / "storage")}
-    run = Road.write(tmp_path, tree)
-    done = end(client(reach, "submit", "--config", run.config))
+    # The driver runs on the head, whose metrics port is the 16th of the cluster's.
+    port = int(must(cluster("env")).split("RAY_ADDRESS=127.0.0.1:")[1].split()[0]) + 15
+    seen: set[tuple[str, str]] = set()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(
+            cluster,
+            "submit", "--working-dir", ".", "--runtime-env", "launch/runtime_env.yaml",
+            "--", "python", "-m", "qbrec", "run", "--config", str(submitted.config),
+        )  # fmt: skip
+        while not job.done():
+            seen |= {(name, labels["stage"]) for name, labels, _ in scrape(port, run="submitted")}
+            time.sleep(1)
+    assert "succeeded" in must(job.result())
+    assert submitted.metrics() == road.metrics()
+    assert "ray_qbrec_loss" in {name for name, _ in seen}
+    assert {stage for _, stage in seen} <= set(STAGES)
+
+
+def test_sent_by_name_the_same_run_goes_on_with_what_it_has(
+    reach: dict[str, str], road: Road, submitted: Road
+) -> None:
+    """Both ways to send it mean the same run: (storage, name)."""
+    done = end(client(reach, "submit", "--config", submitted.config))
     log = must(done)
-    assert "qbrec-by-name-1: SUCCEEDED, exit code 0" in done.stderr
-    assert run.metrics() == road.metrics()
-    assert must(end(client(reach, "logs", "by-name"))) == log
-    found = status(reach, "by-name")
-    assert (found["status"], found["exit_code"], found["storage"]) == ("SUCCEEDED", 0, str(run.storage))
-    assert tuple(found["finished"]) == STAGES
+    assert "qbrec-submitted-1: SUCCEEDED, exit code 0" in done.stderr
+    assert submitted.metrics() == road.metrics()
+    assert must(end(client(reach, "logs", "submitted"))) == log
+    found = status(reach, "submitted")
+    expected = ("SUCCEEDED", 0, str(submitted.storage))
+    assert (found["status"], found["exit_code"], found["storage"]) == expected
+    assert found["finished"] == dict.fromkeys(STAGES)  # up to date: none took any time
 
 
 def test_the_exit_code_of_a_failing_run_comes_through(

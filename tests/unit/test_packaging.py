@@ -1,4 +1,4 @@
-"""Files that must agree with each other: pins, package metadata, cluster manifests, ignore files."""
+"""Files that must agree with each other: pins, package metadata, configurations, ignore files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from copy import deepcopy
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 import qbrec
 from qbrec.config import load_config
+from tests.support.pins import pins
 
 ROOT = Path(__file__).resolve().parents[2]
 # Import name -> distribution, where they differ.
@@ -31,13 +31,6 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 @cache
 def project() -> dict[str, object]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-
-@cache
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {name.lower().replace("_", "-"): version for name, version in pairs}
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:
@@ -150,47 +143,6 @@ def test_pre_commit_runs_the_pinned_ruff() -> None:
     assert rev == f"v{pins()['ruff']}"
 
 
-@pytest.mark.parametrize("name", ["aws", "gcp", "onprem"])
-def test_ray_cluster_files_are_valid_and_ask_for_the_token(name: str) -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = yaml.safe_load((ROOT / "cluster" / f"{name}.yaml").read_text())
-    validate_config(prepare_config(deepcopy(config)))
-    assert config["docker"]["image"] == f"REGISTRY/qbrec:{qbrec.__version__}"
-    starts = [
-        c for c in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in c
-    ]
-    assert len(starts) == 2
-    assert all(command.startswith("RAY_AUTH_MODE=token ") for command in starts)
-    assert "--dashboard-host=127.0.0.1" in starts[0]
-
-
-@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
-def test_kuberay_manifests_pin_what_is_installed(name: str) -> None:
-    manifest = yaml.safe_load((ROOT / "cluster" / "kuberay" / f"{name}.yaml").read_text())
-    cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
-    claim = yaml.safe_load((ROOT / "cluster" / "kuberay" / "storage.yaml").read_text())["metadata"]["name"]
-    assert manifest["apiVersion"] == "ray.io/v1"
-    assert cluster["rayVersion"] == pins()["ray"]
-    assert cluster["authOptions"] == {"mode": "token"}
-    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
-        spec = group["template"]["spec"]
-        volumes = {volume["name"]: volume for volume in spec["volumes"]}
-        assert volumes["storage"]["persistentVolumeClaim"]["claimName"] == claim
-        for container in spec["containers"]:
-            assert container["image"] == f"REGISTRY/qbrec:{qbrec.__version__}"
-            assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
-
-
-def test_the_images_build_from_the_pins() -> None:
-    text = (ROOT / "cluster" / "Dockerfile").read_text()
-    assert "--constraint constraints.txt" in text
-    assert f"qbrec:{qbrec.__version__} ." in text
-    for source in re.findall(r"^COPY (.+) \S+$", text, flags=re.MULTILINE):
-        assert all((ROOT / part).exists() for part in source.split()), source
-    assert f"mlflow=={pins()['mlflow']} " in (ROOT / "mlflow" / "compose.yaml").read_text()
-
-
 @pytest.mark.parametrize(
     "path", ["launch/quickstart.yaml", "launch/jobs/local.yaml", "launch/jobs/cluster.yaml"]
 )
@@ -297,3 +249,15 @@ def test_the_readme_names_functions_and_folders_that_exist() -> None:
     )
     for name in re.findall(r"`?(?:launch|cluster|mlflow)/[\w./]+", text):
         assert (ROOT / name.strip("`").rstrip(".")).exists(), name
+
+
+def test_the_cluster_guide_lists_the_files_that_are_there() -> None:
+    folder = ROOT / "cluster"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]+) \|", text.partition("Everywhere")[0], flags=re.MULTILINE)
+    # The second name of a row stands in the folder of the first.
+    listed = {name.rpartition("/")[2] for row in rows for name in re.findall(r"`(.+?)`", row)}
+    there = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert listed | {"README.md", "Dockerfile.dockerignore"} == there
+    for name in re.findall(r"(?:launch|cluster)/[\w./-]+", text):
+        assert (ROOT / name.rstrip(".")).exists(), name
