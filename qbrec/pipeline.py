@@ -259,10 +259,11 @@ class Pipeline:
         if not (self.config.registry.enabled and self.config.tracking.enabled):
             return None
         from qbrec.registry.versions import register
+        from qbrec.run_coldstart import with_coldstart
         from qbrec.run_generations import with_generations
 
         self.tracker.flush()  # the version hangs on the run's own MLflow run
-        artifacts = with_generations(self.config, self.artifacts)
+        artifacts = with_coldstart(self.config, with_generations(self.config, self.artifacts))
         return register(self.config, self.run_dir, artifacts)
 
     def report(self) -> Path:

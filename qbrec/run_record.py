@@ -110,8 +110,8 @@ class RunRecord:
 
 
 def config_digest(config: RootConfig) -> str:
-    """Hash of what makes two runs the same: everything but where and how wide they execute and are served."""
-    tree = config.model_dump(mode="json", exclude={"compute", "serving", "tracking"})
+    """Hash of what makes two runs the same: all but where and how wide they execute, and who may serve."""
+    tree = config.model_dump(mode="json", exclude={"compute", "registry", "serving", "tracking"})
     for place in ("storage", "remote"):
         del tree["run"][place]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

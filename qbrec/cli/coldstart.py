@@ -34,10 +34,11 @@ def coldstart(config_path: str | None, overrides: tuple[str, ...], resume: str, 
       qbrec coldstart --config shop.yaml
       qbrec coldstart --config shop.yaml --share 0.1 --workers 2
     """
-    from qbrec.coldstart_run import coldstart_config, measure_coldstart
+    from qbrec.coldstart_run import measure_coldstart
     from qbrec.config import load_config
     from qbrec.evaluation.coldstart import RESULT, format_coldstart
     from qbrec.pipeline import say
+    from qbrec.run_coldstart import coldstart_config
     from qbrec.run_record import run_directory
 
     config = load_config(config_path, overrides=overrides)

@@ -36,6 +36,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "register": ("registry", "Register the run's model as @challenger."),
     "promote": ("registry", "Gate the challenger and make it @champion."),
     "rollback": ("registry", "Give @champion back to the previous version."),
+    "registry": ("versions", "List registered versions, show one, compare two."),
     "report": ("report", "Write the run's HTML report."),
     "track": ("track", "Send to MLflow what it missed of a run."),
 }

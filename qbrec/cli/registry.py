@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from qbrec.cli.options import config_options
@@ -14,7 +12,8 @@ from qbrec.cli.options import config_options
 def register(config_path: str | None, overrides: tuple[str, ...]) -> None:
     """Register the model of a finished run as a new version with the alias @challenger.
 
-    What `qbrec append` added since is part of it: new items are served, retired ones are not.
+    What `qbrec append` added since is part of it: new items are served, retired ones are not. So are the
+    figures of `qbrec coldstart`, for gates that ask for them.
 
     \b
     Example:
@@ -23,11 +22,12 @@ def register(config_path: str | None, overrides: tuple[str, ...]) -> None:
     from qbrec.config import load_config
     from qbrec.pipeline import finished_artifacts
     from qbrec.registry.versions import register as register_run
+    from qbrec.run_coldstart import with_coldstart
     from qbrec.run_generations import with_generations
     from qbrec.run_record import run_directory
 
     config = load_config(config_path, overrides=overrides)
-    artifacts = with_generations(config, finished_artifacts(config))
+    artifacts = with_coldstart(config, with_generations(config, finished_artifacts(config)))
     version = register_run(config, run_directory(config), artifacts)
     click.echo(f"models:/{config.registry.model_name}@challenger is version {version}")
 
@@ -37,35 +37,36 @@ def register(config_path: str | None, overrides: tuple[str, ...]) -> None:
 @click.option("--version", "number", help="Version to promote; default: @challenger.")
 @click.option(
     "--gate",
-    "gate_file",
-    type=click.Path(exists=True, dir_okay=False),
-    help="YAML gate, e.g. mlflow/gates/default.yaml.",
+    "gate_name",
+    metavar="NAME|FILE",
+    help="A gate of mlflow/gates/ by name (default, strict), or a YAML file; default: registry.gate.",
 )
 def promote(
-    config_path: str | None, overrides: tuple[str, ...], number: str | None, gate_file: str | None
+    config_path: str | None, overrides: tuple[str, ...], number: str | None, gate_name: str | None
 ) -> None:
     """Judge a version by the gate and, if it passes, give it @champion.
 
     The champion until then becomes @previous. A gate that says no ends with exit code 6 and leaves all
-    aliases.
+    aliases. Either way the verdict is written on the version: `qbrec registry show`.
 
     \b
-    Example:
-      qbrec promote --config shop.yaml --gate mlflow/gates/default.yaml
+    Examples:
+      qbrec promote --config shop.yaml
+      qbrec promote --config shop.yaml --version 3 --gate strict
     """
     from qbrec.config import load_config
-    from qbrec.registry.gate import load_gate
+    from qbrec.registry.gate import OWN_GATE, named_gate
     from qbrec.registry.promote import promote as promote_version
 
     config = load_config(config_path, overrides=overrides)
-    gate = load_gate(Path(gate_file)) if gate_file else None
-    click.echo(str(promote_version(config, version=number, gate=gate)))
+    name, gate = named_gate(gate_name) if gate_name else (OWN_GATE, config.registry.gate)
+    click.echo(str(promote_version(config, version=number, gate=gate, gate_name=name)))
 
 
 @click.command()
 @config_options
 def rollback(config_path: str | None, overrides: tuple[str, ...]) -> None:
-    """Give @champion back to @previous.
+    """Give @champion back to @previous; repeated, go back one promotion further each time.
 
     \b
     Example:

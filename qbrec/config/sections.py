@@ -12,8 +12,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
 Seconds = Annotated[float, Field(gt=0.0, le=3600.0)]
 RemoteUri = Annotated[str, Field(pattern=r"^((s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?|file:///.+)$")]
+_METRIC = r"((hr|ndcg)@[0-9]+|mrr)"
+MetricName = Annotated[str, Field(pattern=rf"^([a-z_]+/)?{_METRIC}$")]
+ColdMetricName = Annotated[str, Field(pattern=rf"^(held_out|catalogue)/([a-z_]+/)?{_METRIC}$")]
 HostPattern = Annotated[
     str, Field(pattern=r"^(\*\.)?([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?$")
 ]
@@ -207,15 +211,39 @@ class TrackingConfig(Section):
     experiment: str = "qbrec"
 
 
-class GateConfig(Section):
-    """Floors a version must reach before `qbrec promote` gives it @champion."""
+class IdGateConfig(Section):
+    """What the semantic IDs of the trained catalogue must be like (its `quality.json`); None: not asked."""
 
-    min_metrics: dict[str, float] = Field(default_factory=dict)  # e.g. {"ndcg@10": 0.05}
-    # Absolute NDCG@10 that may be lost to @champion: the lower end of the paired interval must be above minus
-    # this.
-    max_ndcg_loss: float = Field(default=0.002, ge=0)
+    min_no_collision_rate: Fraction | None = None  # items alone on their ID
+    min_perplexity_share: Fraction | None = None  # perplexity of level 0 over its number of codes
+    max_largest_bucket: Positive | None = None  # items on one ID
+
+
+class LatencyGateConfig(Section):
+    """How fast one recommendation must be on the machine that promotes."""
+
+    max_p95_ms: float | None = Field(default=None, gt=0)  # None: not measured
+    histories: Positive = 200  # real ones of the hold-out, one request each; the bundle may carry fewer
+    max_seconds: Seconds = 30.0  # what was measured by then decides
+
+
+class GateConfig(Section):
+    """What a version must show before `qbrec promote` gives it @champion.
+
+    Metrics are those of qbrec with seen items removed: `ndcg@10`, or `tail/ndcg@10` on a slice.
+    """
+
+    min_metrics: dict[MetricName, float] = Field(default_factory=dict)  # e.g. {"ndcg@10": 0.05}
+    # Absolute loss to @champion that is borne: the paired 95 % interval must not reach below minus it.
+    max_loss: dict[MetricName, NonNegative] = Field(default_factory=lambda: {"ndcg@10": 0.002})
     # Where @champion was evaluated on another catalogue, its users cannot be paired with ours.
     other_catalog: Literal["refuse", "floors"] = "refuse"
+    # Where the evaluation of @champion is damaged or gone, nothing can be compared with it.
+    damaged_champion: Literal["refuse", "floors"] = "refuse"
+    ids: IdGateConfig = IdGateConfig()
+    latency: LatencyGateConfig = LatencyGateConfig()
+    # Of `qbrec coldstart`: held_out/ndcg@10 (among items held out), catalogue/ndcg@10 (among all items).
+    min_coldstart: dict[ColdMetricName, float] = Field(default_factory=dict)
 
 
 class RegistryConfig(Section):
@@ -224,6 +252,8 @@ class RegistryConfig(Section):
     enabled: bool = True
     model_name: Name = "qbrec"
     max_part_bytes: Count = 4 << 30  # a part (catalog, quantizer, …) beyond it is served from where it lies
+    # Histories of test users, without their ids, that a version carries so that its latency can be measured.
+    probe_histories: Count = 256
     gate: GateConfig = GateConfig()
 
 

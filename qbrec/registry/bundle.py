@@ -16,6 +16,7 @@ from typing import Any
 from qbrec.config import RootConfig
 from qbrec.errors import DataError
 from qbrec.ranking.graphs import GRAPHS
+from qbrec.registry.probe import HISTORIES, PROBE, write_probe
 from qbrec.sequence.bonus import BONUS_FILE
 from qbrec.sequence.item_codes import ITEM_CODES
 from qbrec.storage.artifact import MANIFEST, Artifact, ArtifactStore, write_atomic
@@ -25,6 +26,7 @@ from qbrec.storage.token_table import MODALITY_CODES, SEMANTIC_IDS
 BUNDLE_FILE = "bundle.json"
 CARD_FILE = "MODEL_CARD.md"
 FORMAT_VERSION = 2
+COLDSTART, COLDSTART_FILE = "coldstart", "coldstart.json"  # as `evaluation.coldstart` writes it
 
 # What recommending reads; `evaluation` is there for the gate, which compares two versions user by user.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -41,6 +43,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "finetune": ("encoder.safetensors", "encoder.json", ITEM_CODES, BONUS_FILE),
     "evaluation": ("metrics.json", "ranks.parquet"),
 }
+FOR_GATES = ("evaluation", COLDSTART, PROBE)  # parts that recommending does not read
 # The same of every generation: generation-1, ids-1, alike-1, generation-2, …
 GENERATION_PARTS: dict[str, tuple[str, ...]] = {
     GENERATION: (
@@ -57,14 +60,24 @@ GENERATION_PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
+def parts_of(artifacts: Mapping[str, Artifact]) -> dict[str, tuple[str, ...]]:
+    """`PARTS` of a run, by kind: without item graphs where its model has no bonus.
+
+    Raises:
+        DataError: It has no `finetune` artifact.
+    """
+    beside_graphs = "neighbours" in require(artifacts, "finetune").inputs
+    return {kind: names for kind, names in PARTS.items() if kind != "neighbours" or beside_graphs}
+
+
 def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Artifact], card: str) -> Path:
     """Fill an empty folder with everything that serving needs.
 
     Args:
         folder: Where to; made if missing.
         config: The run's configuration (target domain, ranking, size limit).
-        artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`, and the generations appended since:
-            `generation-1`, `ids-1`, `alike-1`, `generation-2`, …
+        artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`, `coldstart` where it was measured, and
+            the generations appended since: `generation-1`, `ids-1`, `alike-1`, `generation-2`, …
         card: The model card, Markdown.
 
     Raises:
@@ -72,13 +85,13 @@ def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Ar
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, dict[str, Any]] = {}
-    wanted = PARTS | {
+    wanted = parts_of(artifacts) | {
         f"{kind}-{number}": names
         for kind, names in GENERATION_PARTS.items()
         for number in range(1, len(numbered(artifacts, kind)) + 1)
     }
-    if "neighbours" not in require(artifacts, "finetune").inputs:  # a run without a bonus
-        del wanted["neighbours"]
+    if COLDSTART in artifacts:
+        wanted[COLDSTART] = (COLDSTART_FILE,)
     for kind, names in wanted.items():
         artifact = require(artifacts, kind)
         present = [artifact.file(name) for name in names if artifact.has(name)]
@@ -90,11 +103,18 @@ def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Ar
             (folder / kind).mkdir(exist_ok=True)
             for path in [artifact.path / MANIFEST, *present]:
                 shutil.copyfile(path, folder / kind / path.name)
+    count = config.registry.probe_histories
+    probe = write_probe(folder / PROBE, require(artifacts, "catalog"), count=count)
+    if probe is not None:
+        size = probe.file(HISTORIES).stat().st_size
+        parts[PROBE] = {"fingerprint": probe.fingerprint, "bytes": size, "embedded": True, "path": PROBE}
     document = {
         "format_version": FORMAT_VERSION,
         "run": config.run.name,
         "domain": require(artifacts, "catalog").meta["target_domain"],
         "ranking": config.ranking.model_dump(mode="json"),
+        # For those who compare versions; addresses of servers, which may hold passwords, are no part of it.
+        "config": config.model_dump(mode="json", exclude={"tracking", "registry"}),
         "parts": parts,
     }
     write_atomic(folder / CARD_FILE, card.encode())
@@ -141,12 +161,12 @@ def open_part(folder: Path, kind: str) -> Artifact:
 
 
 def open_served(folder: Path) -> dict[str, Artifact]:
-    """The parts that recommending reads: `catalog`, `quantizer`, `finetune`, and all generations.
+    """The parts that recommending reads: all but those for gates.
 
     Raises:
         DataError: See `open_part`.
     """
-    names = [name for name in read_bundle(folder)["parts"] if name != "evaluation"]
+    names = [name for name in read_bundle(folder)["parts"] if name not in FOR_GATES]
     return {name: open_part(folder, name) for name in names}
 
 

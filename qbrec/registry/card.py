@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qbrec.config import RootConfig
-from qbrec.registry.metrics import cells_of, metric_names
+from qbrec.registry.bundle import COLDSTART, COLDSTART_FILE
+from qbrec.registry.metrics import cells_of, metric_names, qbrec_cells
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.generations import GenerationsView
 from qbrec.storage.id_table import GENERATION, IDS, numbered
@@ -46,6 +47,7 @@ def model_card(config: RootConfig, artifacts: Mapping[str, Artifact]) -> str:
         "",
         *_table(artifacts["evaluation"].load_json("metrics.json")),
         "",
+        *_coldstart(artifacts),
         "## Use and limits",
         "",
         "- Input: column `history`, a list of item ids of the target domain, most recent last; parameters "
@@ -78,6 +80,25 @@ def _generations(artifacts: Mapping[str, Artifact]) -> list[str]:
         f"{gone:,} items retired",
         *([f"- drift of the generations (1: none): {shown}"] if ids else []),
     ]
+
+
+def _coldstart(artifacts: Mapping[str, Artifact]) -> list[str]:
+    if COLDSTART not in artifacts:
+        return []
+    document = artifacts[COLDSTART].load_json(COLDSTART_FILE)
+    protocol = document["protocol"]
+    lines = [
+        f"Cold start: {protocol['num_held_out']:,} items were held out of a training like this one, then "
+        f"appended; {protocol['num_users']:,} users were asked for theirs.",
+        "",
+    ]
+    for race, among in (("catalogue", "all items"), ("held_out", "those held out")):
+        cell = qbrec_cells(document[race])["ndcg@10"]
+        lines.append(
+            f"- NDCG@10 among {among}: {cell['mean']:.4f} ({cell['low']:.4f}–{cell['high']:.4f}); in random "
+            f"order {document[race]['random']['ndcg@10']:.4f}"
+        )
+    return [*lines, ""]
 
 
 def _table(metrics: Mapping[str, Any]) -> list[str]:

@@ -24,14 +24,19 @@ def metric_names(table: Mapping[str, Cells]) -> list[str]:
     return [name for name in METRICS if name in present]
 
 
+def qbrec_cells(table: Mapping[str, Any]) -> Cells:
+    """Cells of qbrec by metric, of the whole or of a slice; empty where nobody is in it."""
+    cells: Cells = table.get("models", {}).get(MODEL, {}).get(SEEN, {})
+    return cells
+
+
 def metric_value(metrics: Mapping[str, Any], name: str) -> float | None:
     """Mean of one metric of qbrec: `ndcg@10`, or `cold/ndcg@10` on a slice; None if it is not there."""
     part, _, metric = name.rpartition("/")
-    tables = metrics["slices"].get(part, {}) if part else metrics
-    cell = tables.get("models", {}).get(MODEL, {}).get(SEEN, {}).get(metric)
+    cell = qbrec_cells(metrics["slices"].get(part, {}) if part else metrics).get(metric)
     return None if cell is None else float(cell["mean"])
 
 
 def qbrec_means(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Mean of every metric of qbrec."""
-    return {name: float(cell["mean"]) for name, cell in metrics["models"][MODEL][SEEN].items()}
+    return {name: float(cell["mean"]) for name, cell in qbrec_cells(metrics).items()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import qbrec
 from qbrec.errors import RegistryError
 from qbrec.registry.recommend import Recommender
+from qbrec.registry.shipped import shipped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,16 +23,12 @@ _REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "
 
 
 def serving_script() -> Path:
-    """`serving_model.py`: inside the installed package, or in `mlflow/` of a source checkout.
+    """`serving_model.py`, which MLflow runs when it loads a version.
 
     Raises:
         RegistryError: The installation is incomplete.
     """
-    package = Path(qbrec.__file__).parent
-    for path in (package / "_mlflow" / SCRIPT, package.parent / "mlflow" / SCRIPT):
-        if path.is_file():
-            return path
-    raise RegistryError(f"{SCRIPT} is missing", where=str(package), fix="install qbrec again from its wheel")
+    return shipped(SCRIPT)
 
 
 def requirements() -> list[str]:

@@ -8,18 +8,19 @@ import io
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qbrec.config import RootConfig
-from qbrec.errors import DataError, QbrecError, RegistryError
-from qbrec.registry.bundle import BUNDLE_FILE, open_part, read_bundle, require, write_bundle
+from qbrec.errors import QbrecError, RegistryError
+from qbrec.registry.bundle import COLDSTART, GENERATION_PARTS, parts_of, require, write_bundle
 from qbrec.registry.card import model_card
+from qbrec.registry.line import CHALLENGER, all_versions
 from qbrec.registry.lock import registry_lock
 from qbrec.registry.metrics import qbrec_means
-from qbrec.registry.model import BUNDLE_ARTIFACT, log_bundle
+from qbrec.registry.model import log_bundle
 from qbrec.registry.recommend import Recommender
 from qbrec.storage.artifact import Artifact
-from qbrec.storage.id_table import ALIKE, GENERATION, IDS, numbered
+from qbrec.storage.id_table import numbered
 from qbrec.tracking.client import connect, tracking_uri
 from qbrec.tracking.flatten import safe_name
 from qbrec.tracking.state import load_state
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
-SERVED_PARTS = ("catalog", "quantizer", "finetune", "evaluation")
-GENERATIONS_TAG, NO_GENERATIONS = "qbrec.generations", "none"
+GENERATIONS_TAG, COLDSTART_TAG = "qbrec.generations", "qbrec.coldstart"
+NONE = "none"  # value of these two where there is nothing to name
 
 
 def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact]) -> str:
@@ -41,8 +41,8 @@ def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact
     Args:
         config: The run's configuration.
         run_dir: Its directory; the MLflow run of its tracking, if any, becomes the version's source.
-        artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`, and the generations appended since:
-            `generation-1`, `ids-1`, `alike-1`, `generation-2`, …
+        artifacts: `catalog`, `quantizer`, `finetune`, `evaluation`, `coldstart` where it was measured, and
+            the generations appended since: `generation-1`, `ids-1`, `alike-1`, `generation-2`, …
 
     Returns:
         The version number, as MLflow writes it.
@@ -51,28 +51,38 @@ def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact
         DataError: An artifact is missing or damaged.
         RegistryError: MLflow is not reachable or refuses.
     """
-    prints = {f"qbrec.{kind}": require(artifacts, kind).fingerprint for kind in SERVED_PARTS}
-    if "neighbours" in artifacts["finetune"].inputs:
-        prints["qbrec.neighbours"] = require(artifacts, "neighbours").fingerprint
+    prints = {f"qbrec.{kind}": require(artifacts, kind).fingerprint for kind in parts_of(artifacts)}
     prints[GENERATIONS_TAG] = _generations_print(artifacts)
+    prints[COLDSTART_TAG] = artifacts[COLDSTART].fingerprint if COLDSTART in artifacts else NONE
     name = config.registry.model_name
-    with registry_errors(config), registry_lock(lock_folder(config)):
+    with registry_errors(config):
         client, experiment = connect(config)
-        version = _same(client, name, prints)
-        if version is None:
-            tags = {"qbrec.run": config.run.name, "qbrec.run_dir": str(run_dir.resolve()), **prints}
-            metrics = qbrec_means(artifacts["evaluation"].load_json("metrics.json"))
-            tags |= {f"metric.{safe_name(k)}": f"{v:.6f}" for k, v in metrics.items()}
+        card, logged = model_card(config, artifacts), None
+        # Uploading may take long, and others may promote meanwhile: only what decides is done under the lock.
+        if _same(client, name, prints) is None:
             with tempfile.TemporaryDirectory(prefix="qbrec-bundle-") as folder:
-                card = model_card(config, artifacts)
                 bundle = write_bundle(Path(folder) / "bundle", config=config, artifacts=artifacts, card=card)
-                version = _log(config, run_dir, bundle, experiment=experiment, tags=tags)
+                logged = _log(config, run_dir, bundle, experiment=experiment)
+        with registry_lock(lock_folder(config)):
+            version = _same(client, name, prints)
+            if version is None:
+                if logged is None:
+                    raise RegistryError(
+                        "the version of this run was deleted just now", where=name, fix="repeat the command"
+                    )
+                tags = {"qbrec.run": config.run.name, "qbrec.run_dir": str(run_dir.resolve()), **prints}
+                metrics = qbrec_means(artifacts["evaluation"].load_json("metrics.json"))
+                tags |= {f"metric.{safe_name(k)}": f"{v:.6f}" for k, v in metrics.items()}
+                version = _new_version(config, logged, tags=tags)
+            elif logged is not None:  # the same run was registered by another process meanwhile
+                client.delete_logged_model(logged.removeprefix("models:/"))
             client.update_model_version(name, version, description=card)
-        client.set_registered_model_alias(name, CHALLENGER, version)
+            client.set_registered_model_alias(name, CHALLENGER, version)
     return version
 
 
-def _log(config: RootConfig, run_dir: Path, bundle: Path, *, experiment: str, tags: dict[str, str]) -> str:
+def _log(config: RootConfig, run_dir: Path, bundle: Path, *, experiment: str) -> str:
+    """Log the bundle in the MLflow run of the run's tracking; URI of the logged model."""
     import mlflow
 
     recommender = Recommender.load(bundle)
@@ -84,26 +94,31 @@ def _log(config: RootConfig, run_dir: Path, bundle: Path, *, experiment: str, ta
         else:
             run = mlflow.start_run(experiment_id=experiment, run_name=f"{config.run.name} (registered)")
         with run:
-            uri = log_bundle(bundle, recommender=recommender, model_name=config.registry.model_name)
-            # MLflow prints two lines about what it made; the command line says it in its own words.
-            with contextlib.redirect_stderr(io.StringIO()):
-                version = mlflow.register_model(uri, config.registry.model_name, tags=tags)
+            return log_bundle(bundle, recommender=recommender, model_name=config.registry.model_name)
+
+
+def _new_version(config: RootConfig, logged: str, *, tags: dict[str, str]) -> str:
+    import mlflow
+
+    # MLflow prints two lines about what it made; the command line says it in its own words.
+    with aimed_at(config), contextlib.redirect_stderr(io.StringIO()):
+        version = mlflow.register_model(logged, config.registry.model_name, tags=tags)
     return str(version.version)
 
 
 def _generations_print(artifacts: Mapping[str, Artifact]) -> str:
     """SHA-256 over the fingerprints of all generations, their IDs and their rows of the item graphs."""
-    found = [one for name in (GENERATION, IDS, ALIKE) for one in numbered(artifacts, name)]
+    found = [one for kind in GENERATION_PARTS for one in numbered(artifacts, kind)]
     if not found:
-        return NO_GENERATIONS
+        return NONE
     return hashlib.sha256("".join(artifact.fingerprint for artifact in found).encode()).hexdigest()
 
 
 def _same(client: MlflowClient, name: str, prints: Mapping[str, str]) -> str | None:
     """The newest version made from exactly these artifacts."""
-    found = client.search_model_versions(f"name = '{name}'")
-    # A version without that tag was registered before there were generations.
-    known = [(v, {GENERATIONS_TAG: NO_GENERATIONS} | dict(v.tags)) for v in found]
+    found = all_versions(client, name)
+    # A version without one of these tags was registered before there was such a thing.
+    known = [(v, {GENERATIONS_TAG: NONE, COLDSTART_TAG: NONE} | dict(v.tags)) for v in found]
     same = [v for v, tags in known if all(tags.get(tag) == value for tag, value in prints.items())]
     return max((str(v.version) for v in same), key=int, default=None)
 
@@ -156,35 +171,3 @@ def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-
-
-def evaluation_of(config: RootConfig, version: str, *, folder: Path) -> Artifact:
-    """The evaluation artifact inside a version's bundle, fetched into a folder of its own.
-
-    Raises:
-        RegistryError: The version holds no bundle of qbrec.
-        DataError: It is damaged.
-    """
-    import mlflow
-
-    base = f"models:/{config.registry.model_name}/{version}/artifacts/{BUNDLE_ARTIFACT}"
-    target = folder / f"version-{version}"
-    target.mkdir()
-    try:
-        with aimed_at(config):
-            file = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{base}/{BUNDLE_FILE}", dst_path=str(target)
-            )
-            bundle = Path(file).parent  # MLflow repeats the path inside the model below the target
-            entry: dict[str, Any] = read_bundle(bundle)["parts"]["evaluation"]
-            if entry["embedded"]:
-                mlflow.artifacts.download_artifacts(
-                    artifact_uri=f"{base}/{entry['path']}", dst_path=str(target)
-                )
-    except (OSError, DataError) as error:
-        raise RegistryError(
-            f"version {version} of {config.registry.model_name!r} holds no bundle of qbrec: {error}",
-            where=tracking_uri(config),
-            fix="register a run with `qbrec register`, or choose another registry.model_name",
-        ) from error
-    return open_part(bundle, "evaluation")

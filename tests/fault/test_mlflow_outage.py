@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from qbrec.config import parse_config
 from qbrec.tracking.client import connect
 from qbrec.tracking.flatten import safe_name
 from tests.support.cli import ROOT, Road, environment, must, qbrec, small_config
+from tests.support.mlflow_server import served
 from tests.support.mlflow_store import copy_store
 from tests.support.s3_server import free_port
 
@@ -49,46 +45,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One for all runs: they share the catalogue."""
     return tmp_path_factory.mktemp("storage")
-
-
-class Server:
-    """`mlflow server` on SQLite, in a process group of its own."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--workers", "1"]
-        command += ["--artifacts-destination", str(folder / "files")]
-        self.log, self.url = folder / f"server-{port}.log", f"http://127.0.0.1:{port}"
-        with self.log.open("ab") as file:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=environment(), stdout=file, stderr=file, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while not self.answers():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.2)
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
-                return bool(reply.status == 200)
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(timeout=30)
-
-
-@contextmanager
-def served(folder: Path, port: int) -> Iterator[Server]:
-    server = Server(folder, port)
-    try:
-        yield server
-    finally:
-        server.kill()
 
 
 def alone(shop: Path, storage: Path, *, name: str, port: int) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 
 from qbrec.catalog.synth import generate
 from qbrec.cli.coldstart import coldstart
-from qbrec.coldstart_run import coldstart_config
 from qbrec.config import RootConfig, load_config
 from qbrec.evaluation.held_out import HeldOut
 from qbrec.evaluation.results import IDS_ALONE, MODEL
 from qbrec.pipeline import finished_artifacts
 from qbrec.registry.recommend import Recommender
+from qbrec.run_coldstart import coldstart_config
 from qbrec.run_generations import with_generations
 from qbrec.run_record import run_directory
 from qbrec.storage.artifact import Artifact

@@ -19,22 +19,18 @@ import pandas as pd
 import pytest
 
 from qbrec.config import RootConfig
-from qbrec.config.sections import GateConfig
-from qbrec.errors import ConfigError, DataError, GateError, RegistryError
+from qbrec.errors import ConfigError, DataError
 from qbrec.registry.bundle import open_part
-from qbrec.registry.promote import promote, rollback
 from qbrec.registry.recommend import Recommender
 from qbrec.registry.versions import by_alias, register
 from qbrec.report import write_report
 from qbrec.storage.catalog_view import CatalogView
 from qbrec.tracking.client import connect, tracking_uri
 from tests.support.mlflow_store import copy_store
-from tests.support.tiny_run import TinyRun, retrained, tiny_run
+from tests.support.tiny_run import TinyRun, tiny_run
 from tests.unit.test_report import assert_self_contained
 
 pytestmark = pytest.mark.ray
-
-ANY = GateConfig(max_ndcg_loss=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -218,51 +214,6 @@ print(json.dumps([out.to_dict("list"), qbrec.__file__]))
         assert not (bundle / "catalog").exists()
         assert open_part(bundle, "catalog").path == tiny.artifacts["catalog"].path.resolve()
         assert Recommender.load(bundle).recommend(histories) == recommender.recommend(histories)
-
-
-def test_gate_promote_and_roll_back(tiny: TinyRun, version: str) -> None:
-    config = tiny.config
-    with pytest.raises(RegistryError, match="no @champion"):
-        rollback(config)
-    with pytest.raises(GateError, match="floor"):
-        promote(config, gate=GateConfig(min_metrics={"ndcg@10": 0.99}))
-    client, _ = connect(config)
-    assert client.get_model_version("qbrec", version).tags["qbrec.gate"] == "refused"
-    assert alias(config, "champion") is None
-
-    assert promote(config).passed
-    assert (alias(config, "champion"), alias(config, "previous")) == (version, None)
-    with pytest.raises(GateError):  # the gate is asked again, also about the champion itself
-        promote(config, gate=GateConfig(min_metrics={"ndcg@10": 0.99}))
-
-    second_run = retrained(tiny, seed=2)
-    second = register(config, tiny.run_dir, second_run.artifacts)
-    assert (alias(config, "challenger"), alias(config, "champion")) == (second, version)
-    with pytest.raises(GateError, match="not worse than @champion"):
-        promote(config, gate=GateConfig(max_ndcg_loss=0.0))  # two random models cannot be told apart
-    assert promote(config, gate=ANY).passed
-    assert (alias(config, "champion"), alias(config, "previous")) == (second, version)
-    report = json.loads(client.get_model_version("qbrec", second).tags["qbrec.gate.report"])
-    assert report["passed"]
-    assert report["champion"] == version
-
-    third = register(config, tiny.run_dir, retrained(tiny, seed=3).artifacts)
-    promote(config, version=third, gate=ANY)
-    assert rollback(config) == second
-    assert (alias(config, "champion"), alias(config, "previous")) == (second, version)
-    assert rollback(config) == version
-    assert (alias(config, "champion"), alias(config, "previous")) == (version, None)
-    with pytest.raises(RegistryError, match="no @previous"):
-        rollback(config)
-    with pytest.raises(RegistryError, match="no version 99"):
-        promote(config, version="99")
-
-
-def test_dead_server(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    dead = tiny.config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})
-    with pytest.raises(RegistryError, match="cannot be reached"):
-        promote(tiny.config.model_copy(update={"tracking": dead}))
 
 
 class TestReport:

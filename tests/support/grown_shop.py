@@ -87,8 +87,18 @@ def context(root: Path, kind: str, name: str) -> StageContext:
     return StageContext.local(ArtifactStore(root), root / "run", stage=kind, key=_key(kind, name), seed=3)
 
 
-def write_catalog(root: Path, items: Sequence[Item], *, collapsed: Sequence[str] = ()) -> Artifact:
-    """A catalogue of the domains shop and books; popularity falls with the row."""
+def write_catalog(
+    root: Path,
+    items: Sequence[Item],
+    *,
+    collapsed: Sequence[str] = (),
+    num_users: int = 60,
+    tested: bool = False,
+) -> Artifact:
+    """A catalogue of the domains shop and books; popularity falls with the row.
+
+    Its users walk about at random: to train on only, or `tested` on the last item of all longer walks.
+    """
     items = by_hash(items)
     writer = ArtifactStore(root).writer("catalog", _key("catalog", "base"))
     writer.prepare()
@@ -101,8 +111,10 @@ def write_catalog(root: Path, items: Sequence[Item], *, collapsed: Sequence[str]
     writer.save_npy("duplicates.npy", first[of])
     writer.save_npy("near_duplicates.npy", first[of])
     rng = np.random.default_rng(11)
-    walks = [rng.integers(0, len(items), rng.integers(2, 9)) for _ in range(60)]
+    walks = [rng.integers(0, len(items), rng.integers(2, 9)) for _ in range(num_users)]
     ends = np.array([[len(walk), len(walk)] for walk in walks], np.int32)
+    if tested:
+        ends[ends[:, 0] > 2] -= [2, 1]
     write_histories(writer.path, walks, domains=np.zeros(len(walks), np.uint8), cut=ends)
     writer.save_npy("retired.npy", np.array([item.name in collapsed for item in items]))
     vectors = np.stack([item.vector for item in items if item.vector is not None]).astype(np.float32)

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qbrec.coldstart_run import coldstart_config
 from qbrec.config import parse_config
 from qbrec.errors import ConfigError
 from qbrec.evaluation.coldstart import ContentScorer, expected_at_random
@@ -22,6 +21,7 @@ from qbrec.evaluation.held_out import HELD_OUT, INTERACTIONS, ITEMS, HeldOut, fi
 from qbrec.evaluation.protocol import TestSet, rank_model
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.topk import tie_rank
+from qbrec.run_coldstart import coldstart_config
 from qbrec.storage.catalog_view import Histories
 from qbrec.storage.ragged import Ragged
 

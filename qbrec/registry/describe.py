@@ -1,0 +1,230 @@
+"""What the registry knows, as documents: all versions, one of them, two of them side by side."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qbrec.config import RootConfig
+from qbrec.errors import DataError, RegistryError
+from qbrec.ranking import METRICS
+from qbrec.registry.bundle import COLDSTART, COLDSTART_FILE
+from qbrec.registry.comparison import RANKS, Comparison, same_catalogue
+from qbrec.registry.fetch import FetchedBundle
+from qbrec.registry.judge import METRICS_FILE, QUALITY_FILE
+from qbrec.registry.line import CHALLENGER, CHAMPION, Served, all_versions, read_served
+from qbrec.registry.metrics import qbrec_cells
+from qbrec.registry.verdicts import history, last
+from qbrec.registry.versions import registry_errors
+from qbrec.tracking.client import connect
+from qbrec.tracking.flatten import flatten_params, safe_name
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+SHOWN = ("ndcg@10", "hr@10")  # in the list
+_NO_PRINTS = ("qbrec.run", "qbrec.run_dir", "qbrec.rolled_back")
+_GATE = "qbrec.gate"
+
+
+def list_versions(config: RootConfig) -> list[dict[str, Any]]:
+    """Every version, newest first: number, aliases, run, time, metrics and the last verdict.
+
+    Raises:
+        RegistryError: MLflow is not reachable.
+    """
+    with registry_errors(config):
+        client, _ = connect(config)
+        name = config.registry.model_name
+        served = read_served(client, name)
+        return [_facts(version, served) for version in reversed(all_versions(client, name))]
+
+
+def show_version(config: RootConfig, selector: str) -> dict[str, Any]:
+    """All about one version.
+
+    Args:
+        config: Names the registry and the model.
+        selector: A number or an alias, with @ or without.
+
+    Returns:
+        What `list_versions` has, and `fingerprints` by part, `history` of verdicts, `card`; from the bundle
+        `metrics` with intervals, `slices`, `coldstart`, `ids`, `parts` and `bytes`, `configuration`, and a
+        `problem` where these cannot be read.
+
+    Raises:
+        RegistryError: There is no such version, or MLflow is not reachable.
+    """
+    with registry_errors(config), tempfile.TemporaryDirectory(prefix="qbrec-show-") as folder:
+        client, _ = connect(config)
+        served = read_served(client, config.registry.model_name)
+        version = _selected(client, config, selector, served)
+        document = _facts(version, served)
+        document |= {
+            "fingerprints": _fingerprints(version.tags),
+            "history": history(version.tags),
+            "card": version.description or "",
+            "problem": "",
+        }
+        try:
+            document |= _measured(FetchedBundle(config, str(version.version), folder=Path(folder)))
+        except DataError as error:  # somebody may well look at a version because it is damaged
+            document["problem"] = str(error)
+        return document
+
+
+def diff_versions(config: RootConfig, selector: str = CHALLENGER, against: str = CHAMPION) -> dict[str, Any]:
+    """Two versions side by side.
+
+    Args:
+        config: Names the registry and the model; its run.seed is that of the bootstrap, as for the gate.
+        selector: A number or an alias.
+        against: The other one.
+
+    Returns:
+        `version` and `against` as `list_versions` has them; `configuration`: both values of each key that
+        differs; `metrics` and `slices`: both means, and where the same users were ranked the paired
+        `difference`; `unpaired`: why there is none, or empty; `artifacts`: whether each part is equal.
+
+    Raises:
+        RegistryError: There is no such version, or MLflow is not reachable.
+        DataError: A bundle is damaged.
+    """
+    with registry_errors(config), tempfile.TemporaryDirectory(prefix="qbrec-diff-") as folder:
+        client, _ = connect(config)
+        served = read_served(client, config.registry.model_name)
+        pair = [_selected(client, config, one, served) for one in (selector, against)]
+        if pair[0].version == pair[1].version:
+            raise RegistryError(
+                f"{selector} and {against} are both version {pair[0].version}",
+                where=config.registry.model_name,
+                fix="name two versions: `qbrec registry diff 3 1`",
+            )
+        bundles = [FetchedBundle(config, str(one.version), folder=Path(folder)) for one in pair]
+        document = {name: _facts(one, served) for name, one in zip(("version", "against"), pair, strict=True)}
+        ours, theirs = (_fingerprints(one.tags) for one in pair)
+        configs = [flatten_params(bundle.document.get("config", {})) for bundle in bundles]
+        return {
+            **document,
+            "configuration": _differing(*configs),
+            "artifacts": {
+                kind: {
+                    "equal": ours.get(kind) == theirs.get(kind),
+                    "version": ours.get(kind),
+                    "against": theirs.get(kind),
+                }
+                for kind in sorted(ours | theirs)
+            },
+            **_compared(*bundles, seed=config.run.seed),
+        }
+
+
+def _facts(version: ModelVersion, served: Served) -> dict[str, Any]:
+    tags, verdict = version.tags, last(version.tags)
+    created = time.gmtime(version.creation_timestamp / 1000)
+    number = str(version.version)
+    return {
+        "version": number,
+        "aliases": sorted(alias for alias, one in served.aliases.items() if one == number),
+        "run": tags.get("qbrec.run"),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", created),
+        "means": {name: _number(tags.get(f"metric.{safe_name(name)}")) for name in SHOWN},
+        "verdict": verdict,
+    }
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text)
+
+
+def _selected(client: MlflowClient, config: RootConfig, selector: str, served: Served) -> ModelVersion:
+    wanted = selector.removeprefix("@")
+    number = served.aliases.get(wanted, wanted)
+    for version in all_versions(client, config.registry.model_name):
+        if str(version.version) == number:
+            return version
+    raise RegistryError(
+        f"{config.registry.model_name!r} has no version {number}"
+        if number.isdigit()
+        else f"{config.registry.model_name!r} has no @{wanted}",
+        where=config.registry.model_name,
+        fix="see `qbrec registry list`",
+    )
+
+
+def _fingerprints(tags: Mapping[str, str]) -> dict[str, str]:
+    return {
+        tag.removeprefix("qbrec."): value
+        for tag, value in sorted(tags.items())
+        if tag.startswith("qbrec.") and not tag.startswith(_GATE) and tag not in _NO_PRINTS
+    }
+
+
+def _measured(bundle: FetchedBundle) -> dict[str, Any]:
+    """What the bundle says of itself, its evaluation and its semantic IDs."""
+    evaluation, quantizer = bundle.part("evaluation", METRICS_FILE), bundle.part("quantizer", QUALITY_FILE)
+    assert evaluation is not None, "every bundle has one"
+    assert quantizer is not None, "every bundle has one"
+    metrics, quality = evaluation.load_json(METRICS_FILE), quantizer.load_json(QUALITY_FILE)
+    cold = bundle.part(COLDSTART, COLDSTART_FILE)
+    measured = None if cold is None else cold.load_json(COLDSTART_FILE)
+    parts = bundle.document["parts"]
+    return {
+        "protocol": metrics["protocol"],
+        "metrics": qbrec_cells(metrics),
+        "slices": {
+            name: qbrec_cells(part)
+            for name, part in metrics["slices"].items()
+            if part["models"] and name != "all"
+        },
+        "coldstart": None
+        if measured is None
+        else {race: qbrec_cells(measured[race]) for race in ("catalogue", "held_out")},
+        "ids": {
+            "levels": quality["levels"],
+            **{name: quality[name] for name in ("unique_ids", "no_collision_rate", "largest_bucket")},
+        },
+        "parts": {name: {key: part[key] for key in ("bytes", "embedded")} for name, part in parts.items()},
+        "bytes": sum(part["bytes"] for part in parts.values()),
+        "configuration": bundle.document.get("config"),
+    }
+
+
+def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
+    return {
+        key: {"version": ours.get(key), "against": theirs.get(key)}
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    }
+
+
+def _compared(version: FetchedBundle, against: FetchedBundle, *, seed: int) -> dict[str, Any]:
+    evaluations = [bundle.part("evaluation", METRICS_FILE, RANKS) for bundle in (version, against)]
+    ours, theirs = evaluations
+    assert ours is not None, "every bundle has one"
+    assert theirs is not None, "every bundle has one"
+    documents = [artifact.load_json(METRICS_FILE) for artifact in (ours, theirs)]
+    comparison = Comparison(ours, theirs, seed=seed) if same_catalogue(ours, theirs) else None
+    unpaired = "they were evaluated on different catalogues" if comparison is None else comparison.problem
+
+    def row(tables: list[Mapping[str, Any]], metric: str, part: str) -> dict[str, Any]:
+        means = [qbrec_cells(table).get(metric, {}).get("mean") for table in tables]
+        found = None if comparison is None or unpaired else comparison.of(f"{part}/{metric}".strip("/"))
+        difference = None if found is None or isinstance(found, str) else asdict(found)
+        return {"version": means[0], "against": means[1], "difference": difference}
+
+    common = [name for name in documents[0]["slices"] if name in documents[1]["slices"] and name != "all"]
+    slices = {
+        name: {metric: row([one["slices"][name] for one in documents], metric, name) for metric in SHOWN}
+        for name in common
+    }
+    return {
+        "metrics": {metric: row(documents, metric, "") for metric in METRICS},
+        "slices": slices,
+        "unpaired": unpaired,
+    }
