@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qbrec.config import RootConfig
+from qbrec.config import RootConfig, parse_config
 from qbrec.engine.actor_pool import ActorPool, actor_pool
 from qbrec.engine.ray_session import ensure_ray
 from qbrec.errors import LaunchError
@@ -40,7 +40,7 @@ class Replica:
 
         torch.set_num_threads(threads)
         logging.getLogger("qbrec.serving").setLevel(logging.INFO)
-        self._config = RootConfig.model_validate(config)
+        self._config = parse_config(config)
         self._live = LiveModel(self._config, uri, device=device)
         self._live.start()
 
@@ -134,7 +134,7 @@ def _serve(
         if pool.max_size < replicas:
             say(f"there is room for {pool.max_size} of {replicas} replicas: the others wait for nodes")
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-        serve.run(application(config, uri, replicas=replicas, pool=pool), name=APP, route_prefix="/")
+        _deploy(application(config, uri, replicas=replicas, pool=pool))
         say(f"http://{host}:{port}/v1/recommend serves {uri} (ready when /readyz says so)")
         _wait(stop, say)
         say("stopping: requests under way are answered")
@@ -143,6 +143,21 @@ def _serve(
     finally:
         if started:
             ray.shutdown()
+
+
+def _deploy(application: Application) -> None:
+    from ray import serve
+
+    try:
+        serve.run(application, name=APP, route_prefix="/")
+    except RuntimeError as error:  # what Ray Serve raises for a replica that cannot be made
+        found = serve.status().applications[APP]
+        reasons = [deployment.message for deployment in found.deployments.values()]
+        raise LaunchError(
+            f"the service does not start: {' '.join(reasons) or error}",
+            where="Ray Serve",
+            fix="look at logs/serve in Ray's session folder of the nodes",
+        ) from error
 
 
 def _wait(stop: threading.Event, say: Callable[[str], None]) -> None:

@@ -81,6 +81,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Iter
         print(line, end="")
         if "/v1/recommend serves" in line:
             break
+    else:
+        pytest.fail(f"the service ended with exit code {process.wait()}")
     yield Service(process, port, run)
     if process.poll() is None:
         process.terminate()
