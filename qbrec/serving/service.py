@@ -133,8 +133,7 @@ def _serve(
         )
         if pool.max_size < replicas:
             say(f"there is room for {pool.max_size} of {replicas} replicas: the others wait for nodes")
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-        _deploy(application(config, uri, replicas=replicas, pool=pool))
+        _deploy(application(config, uri, replicas=replicas, pool=pool), host=host, port=port)
         say(f"http://{host}:{port}/v1/recommend serves {uri} (ready when /readyz says so)")
         _wait(stop, say)
         say("stopping: requests under way are answered")
@@ -145,19 +144,27 @@ def _serve(
             ray.shutdown()
 
 
-def _deploy(application: Application) -> None:
+def _deploy(application: Application, *, host: str, port: int) -> None:
+    import ray
     from ray import serve
 
     try:
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(application, name=APP, route_prefix="/")
-    except RuntimeError as error:  # what Ray Serve raises for a replica that cannot be made
-        found = serve.status().applications[APP]
-        reasons = [deployment.message for deployment in found.deployments.values()]
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         raise LaunchError(
-            f"the service does not start: {' '.join(reasons) or error}",
-            where="Ray Serve",
-            fix="look at logs/serve in Ray's session folder of the nodes",
+            f"Ray Serve does not start the service: {_reasons() or error}",
+            where=f"{host}:{port}",
+            fix="look for room and memory on the nodes, and at logs/serve in Ray's session folder",
         ) from error
+
+
+def _reasons() -> str:
+    """What Ray Serve says of replicas that it cannot make; empty where there is no application yet."""
+    from ray import serve
+
+    found = serve.status().applications.get(APP)
+    return "" if found is None else " ".join(one.message for one in found.deployments.values())
 
 
 def _wait(stop: threading.Event, say: Callable[[str], None]) -> None:
