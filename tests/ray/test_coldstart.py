@@ -18,8 +18,9 @@ from qbrec.config import RootConfig, load_config
 from qbrec.evaluation.held_out import HeldOut
 from qbrec.evaluation.results import IDS_ALONE, MODEL
 from qbrec.pipeline import finished_artifacts
+from qbrec.registry.checks import check_coldstart
 from qbrec.registry.recommend import Recommender
-from qbrec.run_coldstart import coldstart_config
+from qbrec.run_coldstart import coldstart_config, with_coldstart
 from qbrec.run_generations import with_generations
 from qbrec.run_record import run_directory
 from qbrec.storage.artifact import Artifact
@@ -94,6 +95,12 @@ def test_items_never_seen_are_appended_and_found(tmp_path: Path) -> None:
     assert rival["mean"] == pytest.approx(ours - theirs)
     for name in (MODEL, "qbrec_unjoined", IDS_ALONE, "content:text mean", "content:fused recent", "random"):
         assert name in output
+
+    # Whoever registers the run finds the figures, and a gate reads them.
+    registered = with_coldstart(load_config(path), {"catalog": whole})["coldstart"]
+    assert registered.load_json("coldstart.json") == document
+    floors = {"held_out/hr@10": first["hr@10"]["mean"], "catalogue/non_duplicate/hr@10": 1.0}
+    assert [check.passed for check in check_coldstart(document, floors)] == [False, True]
 
     # The same command again writes nothing anew.
     stored = tmp_path / "storage" / "artifacts"

@@ -207,8 +207,8 @@ class TestMissing:
         """Some stores keep the alias of a version that they deleted."""
         promoted(registry, "1", "2")
         with sqlite3.connect(Path(registry.config.run.storage) / "mlflow.db") as database:
-            stage = "UPDATE model_versions SET current_stage = 'Deleted_Internal' WHERE version = 2"
-            assert database.execute(stage).rowcount == 1
+            stage = "UPDATE model_versions SET current_stage = 'Deleted_Internal'"
+            assert database.execute(f"{stage} WHERE name = 'qbrec' AND version = 2").rowcount == 1
         database.close()
         client, _ = connect(registry.config)
         assert str(client.get_registered_model("qbrec").aliases["champion"]) == "2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,15 @@ from hypothesis import strategies as st
 
 from qbrec.config import parse_config
 from qbrec.errors import ConfigError
-from qbrec.evaluation.coldstart import ContentScorer, expected_at_random
+from qbrec.evaluation.coldstart import KIND, WHOLE, ContentScorer, expected_at_random
 from qbrec.evaluation.held_out import HELD_OUT, INTERACTIONS, ITEMS, HeldOut, first_places, write_input
 from qbrec.evaluation.protocol import TestSet, rank_model
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.topk import tie_rank
-from qbrec.run_coldstart import coldstart_config
+from qbrec.run_coldstart import coldstart_config, with_coldstart
+from qbrec.run_generations import place_of
+from qbrec.run_record import RunRecord
+from qbrec.storage.artifact import Artifact, ArtifactStore
 from qbrec.storage.catalog_view import Histories
 from qbrec.storage.ragged import Ragged
 
@@ -154,3 +158,38 @@ def test_the_run_without_the_items(tmp_path: Path) -> None:
         coldstart_config(parse_config(tree | {"evaluation": {"seeds": 2}}))
     with pytest.raises(ConfigError, match=r"run\.name"):
         coldstart_config(parse_config(tree | {"run": {"name": "x" * 60}}))
+
+
+def test_its_figures_are_found_by_the_run_that_they_are_of(tmp_path: Path) -> None:
+    domains = {"shop": {"items": "i.parquet", "interactions": "x.parquet"}}
+    tree: dict[str, Any] = {"run": {"name": "a", "storage": str(tmp_path)}, "data": {"domains": domains}}
+    config, store = parse_config(tree), ArtifactStore(tmp_path)
+
+    def made(kind: str, *, inputs: dict[str, str]) -> Artifact:
+        writer = store.writer(kind, "1" * 64)
+        writer.prepare()
+        writer.save_json(f"{kind}.json", inputs)
+        return writer.commit(meta={}, inputs=inputs, config={}, seed=0)
+
+    catalog = made("catalog", inputs={})
+    run = {"catalog": catalog}
+    assert with_coldstart(config, run) == run
+    record = RunRecord.own(coldstart_config(config), resume="auto")
+    assert with_coldstart(config, run) == run  # not measured yet
+    measured = made(KIND, inputs={WHOLE: catalog.fingerprint})
+    record.extra[KIND] = place_of(measured)
+    record.save()
+    record.close()
+    assert with_coldstart(config, run)[KIND].fingerprint == measured.fingerprint
+    tree["registry"] = {"gate": {"min_coldstart": {"held_out/hr@10": 0.1}}}
+    assert KIND in with_coldstart(parse_config(tree), run)
+    for section, other in (
+        ("sequence", {"width": 32}),  # another model
+        ("evaluation", {"seeds": 3}),  # of which nothing can be measured
+        ("run", {"name": "a" * 60, "storage": str(tmp_path)}),
+    ):
+        assert with_coldstart(parse_config(tree | {section: other}), run) == run
+    renewed = Artifact(catalog.path, {**catalog.manifest, "fingerprint": "f" * 64})
+    assert KIND not in with_coldstart(config, {"catalog": renewed})
+    shutil.rmtree(measured.path)
+    assert with_coldstart(config, run) == run

@@ -116,6 +116,9 @@ def test_the_wheel_holds_every_source_file_and_the_serving_script(tmp_path: Path
     wheel = next(iter(builder.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])))
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"qbrec/_mlflow/serving_model.py", "qbrec/_launch/runtime_env.yaml"} <= names
+    gates = {f"qbrec/_mlflow/gates/{path.name}" for path in (ROOT / "mlflow" / "gates").iterdir()}
+    assert gates <= names
+    assert "qbrec/_mlflow/gates/default.yaml" in gates
     sources = [
         path for path in (ROOT / "qbrec").rglob("*") if path.is_file() and "__pycache__" not in path.parts
     ]

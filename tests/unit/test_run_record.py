@@ -25,6 +25,9 @@ def test_a_name_in_use_with_another_configuration_is_refused(tmp_path: Path) -> 
     assert caught.value.exit_code == 2
     # Where and how wide it runs does not make another run.
     RunRecord.own(_config(tmp_path, "compute.num_workers=7", "tracking.enabled=false"), resume="auto").close()
+    # Nor does what a version must show before it may serve.
+    gate = "registry.gate.min_metrics={ndcg@10: 0.1}"
+    RunRecord.own(_config(tmp_path, gate, "registry.model_name=shop"), resume="auto").close()
 
 
 def test_resume_must_and_never(tmp_path: Path) -> None:
