@@ -22,6 +22,7 @@ from qbrec.config import RootConfig
 from qbrec.errors import ConfigError, DataError
 from qbrec.fusion.embed import FusionEncoder
 from qbrec.neighbours import stage as neighbours_stage
+from qbrec.neighbours.content import content_of_catalog, content_with_new, views_of_catalog
 from qbrec.quantizer.append.beside import Taken, place_beside
 from qbrec.quantizer.append.drift import drift_figures
 from qbrec.quantizer.append.grown_ids import GrownIds
@@ -562,6 +563,31 @@ def test_new_items_are_joined_to_those_they_are_like(
             np.testing.assert_allclose(found[sure], np.where(cosine > least, cosine, 0)[sure] ** 2, atol=2e-3)
             assert np.diff(graph.indptr).max() == keep
             assert not found[~ours_too].any()
+
+
+def test_the_content_of_old_and_new_items_is_read_once(
+    joined: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, column = [], BlockSet.column
+
+    def counted(self: BlockSet, *args: Any) -> Any:
+        read.append(args[0])
+        return column(self, *args)
+
+    monkeypatch.setattr(BlockSet, "column", counted)
+    generations = numbered(joined, "generation")
+    for number in (1, 2, 3):
+        view = GenerationsView(joined["catalog"], generations[:number])
+        inputs = {"fusion": joined["fusion"], "fused": joined[f"fused-{number}"]}
+        for name in views_of_catalog(view.base):
+            read.clear()
+            old, new = content_with_new(name, view, inputs)
+            added = view.generations[-1].num_added
+            assert read == ["fused"] * (name == "fused") * (1 + (added > 0))
+            np.testing.assert_array_equal(old, content_of_catalog(name, view.base, joined["fusion"]))
+            assert new.shape == (added, old.shape[1])
+            if added:
+                np.testing.assert_allclose(new, content(joined, name, number), atol=4e-3)
 
 
 def test_appended_items_get_a_bonus(root: Path, joined: dict[str, Artifact]) -> None:
