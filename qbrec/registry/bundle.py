@@ -57,6 +57,16 @@ GENERATION_PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
+def parts_of(artifacts: Mapping[str, Artifact]) -> dict[str, tuple[str, ...]]:
+    """`PARTS` of a run, by kind: without item graphs where its model has no bonus.
+
+    Raises:
+        DataError: It has no `finetune` artifact.
+    """
+    beside_graphs = "neighbours" in require(artifacts, "finetune").inputs
+    return {kind: names for kind, names in PARTS.items() if kind != "neighbours" or beside_graphs}
+
+
 def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Artifact], card: str) -> Path:
     """Fill an empty folder with everything that serving needs.
 
@@ -72,13 +82,11 @@ def write_bundle(folder: Path, *, config: RootConfig, artifacts: Mapping[str, Ar
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, dict[str, Any]] = {}
-    wanted = PARTS | {
+    wanted = parts_of(artifacts) | {
         f"{kind}-{number}": names
         for kind, names in GENERATION_PARTS.items()
         for number in range(1, len(numbered(artifacts, kind)) + 1)
     }
-    if "neighbours" not in require(artifacts, "finetune").inputs:  # a run without a bonus
-        del wanted["neighbours"]
     for kind, names in wanted.items():
         artifact = require(artifacts, kind)
         present = [artifact.file(name) for name in names if artifact.has(name)]

@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from qbrec.config import RootConfig
 from qbrec.errors import DataError, QbrecError, RegistryError
-from qbrec.registry.bundle import BUNDLE_FILE, open_part, read_bundle, require, write_bundle
+from qbrec.registry.bundle import (
+    BUNDLE_FILE,
+    GENERATION_PARTS,
+    open_part,
+    parts_of,
+    read_bundle,
+    require,
+    write_bundle,
+)
 from qbrec.registry.card import model_card
 from qbrec.registry.lock import registry_lock
 from qbrec.registry.metrics import qbrec_means
 from qbrec.registry.model import BUNDLE_ARTIFACT, log_bundle
 from qbrec.registry.recommend import Recommender
 from qbrec.storage.artifact import Artifact
-from qbrec.storage.id_table import ALIKE, GENERATION, IDS, numbered
+from qbrec.storage.id_table import numbered
 from qbrec.tracking.client import connect, tracking_uri
 from qbrec.tracking.flatten import safe_name
 from qbrec.tracking.state import load_state
@@ -29,7 +37,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
-SERVED_PARTS = ("catalog", "quantizer", "finetune", "evaluation")
 GENERATIONS_TAG, NO_GENERATIONS = "qbrec.generations", "none"
 
 
@@ -51,9 +58,7 @@ def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact
         DataError: An artifact is missing or damaged.
         RegistryError: MLflow is not reachable or refuses.
     """
-    prints = {f"qbrec.{kind}": require(artifacts, kind).fingerprint for kind in SERVED_PARTS}
-    if "neighbours" in artifacts["finetune"].inputs:
-        prints["qbrec.neighbours"] = require(artifacts, "neighbours").fingerprint
+    prints = {f"qbrec.{kind}": require(artifacts, kind).fingerprint for kind in parts_of(artifacts)}
     prints[GENERATIONS_TAG] = _generations_print(artifacts)
     name = config.registry.model_name
     with registry_errors(config), registry_lock(lock_folder(config)):
@@ -93,7 +98,7 @@ def _log(config: RootConfig, run_dir: Path, bundle: Path, *, experiment: str, ta
 
 def _generations_print(artifacts: Mapping[str, Artifact]) -> str:
     """SHA-256 over the fingerprints of all generations, their IDs and their rows of the item graphs."""
-    found = [one for name in (GENERATION, IDS, ALIKE) for one in numbered(artifacts, name)]
+    found = [one for kind in GENERATION_PARTS for one in numbered(artifacts, kind)]
     if not found:
         return NO_GENERATIONS
     return hashlib.sha256("".join(artifact.fingerprint for artifact in found).encode()).hexdigest()

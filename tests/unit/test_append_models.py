@@ -32,7 +32,7 @@ from qbrec.quantizer.rvq import Codebooks
 from qbrec.ranking.bonus import Bonus, BonusScorer
 from qbrec.ranking.graphs import GRAPHS, ItemGraphs, _appended_rows, graphs_of, without_prefix
 from qbrec.ranking.scorer import FactorisedScorer
-from qbrec.registry.bundle import open_served, write_bundle
+from qbrec.registry.bundle import PARTS, open_served, parts_of, write_bundle
 from qbrec.registry.card import model_card
 from qbrec.registry.recommend import Recommender
 from qbrec.run_generations import with_generations
@@ -655,6 +655,16 @@ def test_a_bundle_knows_the_graph_rows(
     histories = [["n7", "i5"], ["m3"]]
     expected = Recommender.from_artifacts(artifacts, ranking=config.ranking).recommend(histories, k=50)
     assert Recommender.load(bundle).recommend(histories, k=50) == expected
+
+
+def test_item_graphs_are_a_part_where_the_model_has_a_bonus(
+    trained: dict[str, Artifact], joined: dict[str, Artifact]
+) -> None:
+    assert parts_of(joined) == PARTS
+    # The graphs are there, but the model was trained without them.
+    assert parts_of({**joined, "finetune": trained["finetune"]}).keys() == PARTS.keys() - {"neighbours"}
+    with pytest.raises(DataError, match="no finetune artifact"):
+        parts_of({name: artifact for name, artifact in joined.items() if name != "finetune"})
 
 
 class Noted:
