@@ -18,8 +18,7 @@ from qbrec.engine.candidates import Candidates
 from qbrec.engine.context import StageContext
 from qbrec.engine.history_loader import history_loader
 from qbrec.engine.train import train
-from qbrec.ranking.topk import tie_rank
-from qbrec.ranking.validate import validation_metrics
+from qbrec.ranking.validate import validator
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView
 
@@ -69,24 +68,20 @@ def _run(
     loader = history_loader(
         ctx, catalog, settings.train, collate=collate, domain=catalog.domain_number(target)
     )
-    histories, ties = catalog.load_histories(target), tie_rank(np.asarray(catalog.train_counts))
 
-    def evaluate(trained: nn.Module) -> Mapping[str, float]:
+    def scorer(trained: nn.Module) -> ItemScorer:
         assert isinstance(trained, ItemEncoder)
-        return validation_metrics(
-            ItemScorer(ctx.stage, trained, numbers=numbers, device=ctx.device),
-            histories,
-            tie_rank=ties,
-            allowed=allowed,
-            max_users=settings.validation_users,
-            seed=ctx.sub_seed("baselines/validation"),
-            batch_users=config.evaluation.batch_users,
-            rank=ctx.rank,
-            world=ctx.world,
-            all_reduce=ctx.all_reduce,
-            device=ctx.device,
-        )
+        return ItemScorer(ctx.stage, trained, numbers=numbers, device=ctx.device)
 
+    evaluate = validator(
+        ctx,
+        catalog,
+        scorer,
+        domain=target,
+        max_users=settings.validation_users,
+        seed=ctx.sub_seed("baselines/validation"),
+        batch_users=config.evaluation.batch_users,
+    )
     result = train(
         ctx, task, loader, config=settings.train, label=ctx.stage, evaluate=evaluate, monitor=MONITOR
     )

@@ -36,7 +36,8 @@ class TrainResult:
     Attributes:
         steps: Optimiser steps taken, those before a resume included.
         losses: Mean loss per target of every step since the last (re)start.
-        curve: One entry per evaluation: {"step", "epoch", metric…}.
+        curve: One entry per evaluation: {"step", "epoch", metric…}. `epoch` is how many are finished; 0: the
+            weights that training started with.
         best: The entry of `curve` with the best monitored metric, else the last one.
         times: What the meter reported last, see `StepMeter.report`.
     """
@@ -150,7 +151,7 @@ class _Loop:
             self._resume(found)
         elif self.start is not None:
             heartbeat.beat(self.step, phase="evaluation")
-            self._evaluate(-1)
+            self._evaluate()
         progress = self.ctx.progress(self.total, label, done=self.step)
         per_epoch, ended, stopped = self.loader.steps_per_epoch, False, False
         for epoch in range(self.step // per_epoch, self.config.epochs):
@@ -175,7 +176,7 @@ class _Loop:
             with self.meter.outside():
                 if self.evaluate is not None and ((epoch + 1) % self.config.evaluate_every == 0 or last):
                     heartbeat.beat(self.step, phase="evaluation")
-                    ended = self._evaluate(epoch)
+                    ended = self._evaluate()
                 if last or ended or stopped or self.evaluate is not None or self._due():
                     self._save(finished=last or ended)
             # Not before the epoch's evaluation: a run that goes on would never make up for it.
@@ -214,7 +215,7 @@ class _Loop:
             metrics |= {"loss_scale": loss_scale(self.engine), **self.skipped}
         self.ctx.log_metrics(self.step, metrics)
 
-    def _evaluate(self, epoch: int) -> bool:
+    def _evaluate(self) -> bool:
         assert self.evaluate is not None
         self.task.module.load_state_dict(read_weights(self.engine))
         self.task.module.to(self.ctx.device).eval()
@@ -223,7 +224,8 @@ class _Loop:
             metrics = self.ctx.broadcast_json(
                 {k: float(v) for k, v in self.evaluate(self.task.module).items()}
             )
-        entry = {"step": self.step, "epoch": epoch + 1, **metrics}
+        finished = self.step // self.loader.steps_per_epoch
+        entry = {"step": self.step, "epoch": finished, **metrics}
         self.ctx.log_metrics(self.step, metrics)
         self.result.curve.append(entry)
         if self.monitor is None:

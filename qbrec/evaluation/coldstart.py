@@ -27,8 +27,7 @@ from qbrec.evaluation.protocol import ModelRanks, TestSet, rank_model
 from qbrec.evaluation.results import IDS_ALONE, MODEL, summarise
 from qbrec.evaluation.slices import saw_near_duplicate
 from qbrec.evaluation.table import difference, number, signed_interval, with_interval
-from qbrec.neighbours.append import content_of_new
-from qbrec.neighbours.stage import FUSED, content_of_catalog
+from qbrec.neighbours.content import content_with_new, views_of_catalog
 from qbrec.ranking.bonus import BonusScorer
 from qbrec.ranking.cooccurrence import recency
 from qbrec.ranking.graphs import CONTENT_DECAY
@@ -206,9 +205,8 @@ def _models(
         assert unjoined is not None, "it is the same bonus"
         yield UNJOINED, BonusScorer(served.base, unjoined)
         yield IDS_ALONE, served.base
-    for name in (*view.base.artifact.meta["modalities"], FUSED):
-        parts = content_of_catalog(name, view.base, inputs["fusion"]), content_of_new(name, view, inputs)
-        vectors = np.concatenate(parts)
+    for name in views_of_catalog(view.base):
+        vectors = np.concatenate(content_with_new(name, view, inputs))
         for label, decay in (("mean", 1.0), ("recent", CONTENT_DECAY)):
             scorer = ContentScorer(f"{CONTENT}{name} {label}", vectors, decay=decay, device=ctx.device)
             yield scorer.name, scorer

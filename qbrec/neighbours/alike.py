@@ -16,8 +16,9 @@ from qbrec.engine.context import StageContext
 EXACT_ITEMS = 200_000  # up to which every item is compared with every other
 CHUNK = 256  # rows compared at once; a grid, so that results do not depend on who computes them
 _MAX_SCORES = 1 << 26  # similarities held at once
+_COPIED = 1 << 16  # rows copied at once
 
-Chunk = tuple[NDArray[np.int64], NDArray[np.int64] | None]  # rows, those they are compared with; None: all
+Chunk = tuple[slice, slice]  # of what asks, and of the table that it is compared with, both sorted by cell
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,26 @@ def alike(
         float32 CSR [N, N], or [M, N] for M queries, the same on every rank. Cosines of zero or less are no
         likeness.
     """
-    num_items = len(vectors)
-    table = _unit(vectors, ctx.device)
-    asked = table if queries is None else _unit(queries.vectors, ctx.device)
+    num_items, num_asked = len(vectors), len(vectors if queries is None else queries.vectors)
+    held: NDArray[np.integer] = np.zeros(num_items, np.uint8)  # one cell for all
+    sought: NDArray[np.integer] = np.zeros(num_asked, np.uint8)
+    if cells is not None and num_items > EXACT_ITEMS:
+        held, sought = cells, cells if queries is None else queries.cells
+    # By cell: those that are compared lie together, and nothing has to be picked out of the table.
+    order, asking = np.argsort(held, kind="stable"), np.argsort(sought, kind="stable")
+    table = _unit(vectors, order, ctx.device)
+    asked = table if queries is None else _unit(queries.vectors, asking, ctx.device)
     width = keep + (queries is None)  # an item of the table finds itself
-    if cells is None or num_items <= EXACT_ITEMS:
-        parts = _chunks(len(asked))
-    else:
-        parts = _chunks_by_cell(cells, cells if queries is None else queries.cells)
     places, similar, owners = [], [], []
-    for number, (rows, pool) in enumerate(parts):
+    for number, (rows, pool) in enumerate(_chunks(held[order], sought[asking])):
         if number % ctx.world != ctx.rank:
             continue
-        ours = torch.from_numpy(rows).to(ctx.device)
-        others = table if pool is None else table[torch.from_numpy(pool).to(ctx.device)]
-        value, index = _nearest(asked[ours], others, min(width, len(others)))
-        found = index.cpu() if pool is None else torch.from_numpy(pool)[index.cpu()]
-        owners.append(ours.cpu())
-        places.append(_padded(found, width))
+        others = table[pool]
+        value, index = _nearest(asked[rows], others, min(width, len(others)))
+        owners.append(torch.from_numpy(asking[rows]))
+        places.append(_padded(torch.from_numpy(order[pool])[index.cpu()], width))
         similar.append(_padded(value.cpu(), width))
-        on_rows(len(rows) * ctx.world)
+        on_rows((rows.stop - rows.start) * ctx.world)
     none = torch.zeros(0, width)
     owner, place, cosine = (
         torch.cat(ctx.gather_bytes(torch.cat([empty, *parts]).to(ctx.device))).cpu().numpy()
@@ -86,33 +87,27 @@ def alike(
     )
     if queries is None:
         cosine[place == owner[:, None]] = 0
-    return _graph(owner, place, cosine, keep=keep, shape=(len(asked), num_items))
+    return _graph(owner, place, cosine, keep=keep, shape=(num_asked, num_items))
 
 
-def _unit(vectors: NDArray[np.floating], device: torch.device) -> Tensor:
-    """A copy in float32, rows of length 1."""
-    table = torch.from_numpy(vectors).to(device, torch.float32, copy=True)
-    for part in table.split(1 << 16):
+def _unit(vectors: NDArray[np.floating], order: NDArray[np.int64], device: torch.device) -> Tensor:
+    """A copy in that order, float32, rows of length 1."""
+    table = torch.empty(vectors.shape, dtype=torch.float32, device=device)
+    for begin in range(0, len(order), _COPIED):
+        part = table[begin : begin + _COPIED]
+        part.copy_(torch.from_numpy(vectors[order[begin : begin + _COPIED]]))
         torch.nn.functional.normalize(part, out=part)
     return table
 
 
-def _chunks(num_rows: int) -> Iterator[Chunk]:
-    for begin in range(0, num_rows, CHUNK):
-        yield np.arange(begin, min(begin + CHUNK, num_rows)), None
-
-
-def _chunks_by_cell(cells: NDArray[np.integer], asked: NDArray[np.integer]) -> Iterator[Chunk]:
-    """Of the rows asked about; those of a cell that holds no item are left out."""
-    order, asking = np.argsort(cells, kind="stable"), np.argsort(asked, kind="stable")
-    held = cells[order]
-    for rows in np.split(asking, np.flatnonzero(np.diff(asked[asking])) + 1):
-        if not len(rows):
-            return
-        cell = asked[rows[0]]
-        pool = order[np.searchsorted(held, cell, "left") : np.searchsorted(held, cell, "right")]
-        for begin in range(0, len(rows) if len(pool) else 0, CHUNK):
-            yield rows[begin : begin + CHUNK], pool
+def _chunks(held: NDArray[np.integer], sought: NDArray[np.integer]) -> Iterator[Chunk]:
+    """What is compared with what, given the ascending cells of both; who finds a cell empty is left out."""
+    cells, begins = np.unique(sought, return_index=True)
+    pools = np.stack([np.searchsorted(held, cells, "left"), np.searchsorted(held, cells, "right")], 1)
+    ends = [*begins.tolist(), len(sought)][1:]
+    for begin, end, (low, high) in zip(begins.tolist(), ends, pools.tolist(), strict=True):
+        for first in range(begin, end if low < high else begin, CHUNK):
+            yield slice(first, min(first + CHUNK, end)), slice(low, high)
 
 
 def _nearest(ours: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:

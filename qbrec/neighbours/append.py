@@ -12,15 +12,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from qbrec.config.root import RootConfig
 from qbrec.engine.context import StageContext
 from qbrec.neighbours.alike import Queries, alike
-from qbrec.neighbours.stage import FUSED, among_all, content_of_catalog, first_tokens, shared_part
+from qbrec.neighbours.content import content_with_new
+from qbrec.neighbours.stage import among_all
 from qbrec.ranking.graphs import COUNTED, GRAPHS, parts_of, with_prefix
 from qbrec.storage.artifact import Artifact
-from qbrec.storage.blocks import BlockSet
 from qbrec.storage.generations import GenerationsView
 from qbrec.storage.id_table import GENERATION, numbered
 from qbrec.storage.token_table import SEMANTIC_IDS
@@ -52,8 +51,8 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
     shape = generation.num_added, view.base.num_items
     graphs = {}
     for name in content_views(inputs["neighbours"]):
-        table = content_of_catalog(name, view.base, inputs["fusion"])[old]
-        queries = Queries(content_of_new(name, view, inputs)[new], of_new[new])
+        table, added = content_with_new(name, view, inputs)
+        table, queries = table[old], Queries(added[new], of_new[new])
         with ctx.progress(len(new), f"nearest neighbours of new items: {name}") as progress:
             found = alike(ctx, table, keep=keep, cells=cells[old], queries=queries, on_rows=progress.update)
         graphs[name] = among_all(found, rows=new, columns=old, shape=shape)
@@ -67,24 +66,3 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
         "arrows": {name: int(graph.nnz) for name, graph in graphs.items()},
     }
     return ctx.commit(writer, meta=meta, inputs=inputs)
-
-
-def content_of_new(name: str, view: GenerationsView, inputs: Mapping[str, Artifact]) -> NDArray[np.float16]:
-    """One content view of the last generation's new items, float16 [n, D], beside that of the catalogue.
-
-    Args:
-        name: The view.
-        view: The catalogue and its generations.
-        inputs: `fusion`, and `fused` of the last generation.
-    """
-    catalog, count = view.base, view.generations[-1].num_added
-    if name == FUSED:
-        base = BlockSet.open(inputs["fusion"], FUSED).column(FUSED, 0, catalog.num_items)
-        if not count:
-            return base[:0]
-        fused: NDArray[np.float16] = BlockSet.open(inputs["fused"], FUSED).column(FUSED, 0, count)
-        return fused - shared_part(base)
-    width = int(catalog.artifact.meta["modalities"][name]["dim"])
-    if not count:
-        return np.zeros((0, width), np.float16)
-    return first_tokens(view.new_blocks(len(view.generations))[0], name, width)

@@ -8,10 +8,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from qbrec.engine.context import StageContext
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.scorer import Scorer
-from qbrec.ranking.topk import target_ranks
+from qbrec.ranking.topk import target_ranks, tie_rank
+from qbrec.storage.catalog_view import CatalogView
 from qbrec.storage.ragged import Ragged
 
 # Scores of one batch stay below this many floats, whatever the catalogue and the batch size asked for.
@@ -151,3 +154,48 @@ def validation_metrics(
     count = float(total[-1])
     means = (total[:-1] / max(count, 1.0)).tolist()
     return {**dict(zip(METRICS, means, strict=True)), "num_users": count}
+
+
+def validator(
+    ctx: StageContext,
+    catalog: CatalogView,
+    scorer: Callable[[nn.Module], Scorer],
+    *,
+    domain: str,
+    max_users: int,
+    seed: int,
+    batch_users: int,
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What a training calls to see how good its module is, see `validation_metrics`; ranks share the users.
+
+    Args:
+        ctx: The rank's context.
+        catalog: Whose histories and candidates.
+        scorer: Makes a scorer of the module under training.
+        domain: Name of the target domain.
+        max_users: Users drawn at random with `seed`; 0: all.
+        seed: Of that draw.
+        batch_users: Users scored at once.
+
+    Raises:
+        DataError: A file of the catalogue is damaged.
+    """
+    histories, allowed = catalog.load_histories(domain), catalog.candidates(domain)
+    ties = tie_rank(np.asarray(catalog.train_counts))
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        return validation_metrics(
+            scorer(module),
+            histories,
+            tie_rank=ties,
+            allowed=allowed,
+            max_users=max_users,
+            seed=seed,
+            batch_users=batch_users,
+            rank=ctx.rank,
+            world=ctx.world,
+            all_reduce=ctx.all_reduce,
+            device=ctx.device,
+        )
+
+    return evaluate

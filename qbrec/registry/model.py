@@ -18,8 +18,19 @@ if TYPE_CHECKING:
 SCRIPT = "serving_model.py"
 BUNDLE_ARTIFACT = "bundle"
 EXAMPLE_ITEMS = 3
-# What the serving path imports; deepspeed and ray stay where models are trained.
-_REQUIREMENTS = ("mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch")
+# What serving imports, no more: a test traces it. deepspeed and ray stay where models are trained.
+_REQUIREMENTS = (
+    "mlflow",
+    "numba",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "pydantic",
+    "pyyaml",
+    "safetensors",
+    "scipy",
+    "torch",
+)
 
 
 def serving_script() -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from qbrec.config import RootConfig
@@ -18,8 +17,7 @@ from qbrec.engine.history_loader import history_loader
 from qbrec.engine.train import TrainResult, train
 from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer
-from qbrec.ranking.topk import tie_rank
-from qbrec.ranking.validate import validation_metrics
+from qbrec.ranking.validate import validator
 from qbrec.sequence.bonus import fit_bonus, save_bonus
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.item_codes import ItemCodes
@@ -173,21 +171,36 @@ def _run(
     )
     collate = HistoryCollate(max_items=module.num_positions, seed=seed, prefix=prefix)
     loader = history_loader(ctx, catalog, schedule, collate=collate, domain=domain)
+
+    def scorer(trained: nn.Module) -> FactorisedScorer:
+        assert isinstance(trained, SequenceEncoder)
+        recommender = SequenceRecommender(trained, semantic_ids=semantic_ids, device=ctx.device)
+        return FactorisedScorer(
+            recommender, semantic_ids=semantic_ids, chunk_items=config.ranking.chunk_items
+        )
+
     result = train(
         ctx,
         task,
         loader,
         config=schedule,
         label=ctx.stage,
-        evaluate=_evaluator(ctx, config, catalog, semantic_ids),
+        evaluate=validator(
+            ctx,
+            catalog,
+            scorer,  # of the semantic IDs alone: the bonus is fitted to trained ones
+            domain=config.data.target_domain,
+            max_users=config.sequence.validation_users,
+            seed=ctx.sub_seed("sequence/validation"),
+            batch_users=config.evaluation.batch_users,
+        ),
         monitor=MONITOR,
         start_counts="pretrain" in inputs,
     )
     bonus = None
     if "neighbours" in inputs:
         graphs = ItemGraphs.load(inputs["neighbours"])
-        scorer = _scorer(ctx, config, module, semantic_ids)
-        bonus = fit_bonus(ctx, config, catalog, graphs=graphs, scorer=scorer)
+        bonus = fit_bonus(ctx, config, catalog, graphs=graphs, scorer=scorer(module))
     writer = ctx.writer()
     if ctx.is_main:
         save_encoder(writer, module)
@@ -198,41 +211,6 @@ def _run(
         writer.save_json("curve.json", result.curve)
     meta = _meta(result, module, num_histories=loader.num_samples)
     return ctx.commit(writer, meta=meta, inputs=inputs)
-
-
-def _scorer(
-    ctx: StageContext, config: RootConfig, module: SequenceEncoder, semantic_ids: NDArray[Any]
-) -> FactorisedScorer:
-    recommender = SequenceRecommender(module, semantic_ids=semantic_ids, device=ctx.device)
-    return FactorisedScorer(recommender, semantic_ids=semantic_ids, chunk_items=config.ranking.chunk_items)
-
-
-def _evaluator(
-    ctx: StageContext, config: RootConfig, catalog: CatalogView, semantic_ids: NDArray[Any]
-) -> Callable[[nn.Module], Mapping[str, float]]:
-    """Validation metrics of the semantic IDs alone, exact, on the target domain; ranks share the users."""
-    target = config.data.target_domain
-    histories = catalog.load_histories(target)
-    allowed = catalog.candidates(target)
-    ties = tie_rank(np.asarray(catalog.train_counts))
-
-    def evaluate(module: nn.Module) -> Mapping[str, float]:
-        assert isinstance(module, SequenceEncoder)
-        return validation_metrics(
-            _scorer(ctx, config, module, semantic_ids),
-            histories,
-            tie_rank=ties,
-            allowed=allowed,
-            max_users=config.sequence.validation_users,
-            seed=ctx.sub_seed("sequence/validation"),
-            batch_users=config.evaluation.batch_users,
-            rank=ctx.rank,
-            world=ctx.world,
-            all_reduce=ctx.all_reduce,
-            device=ctx.device,
-        )
-
-    return evaluate
 
 
 def _meta(result: TrainResult, module: SequenceEncoder, *, num_histories: int) -> dict[str, Any]:

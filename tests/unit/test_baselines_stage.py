@@ -201,7 +201,7 @@ def test_training_goes_on_where_it_was_cut_off(
         return validation_metrics(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "validation_metrics", cut_off)
+        patch.setattr("qbrec.ranking.validate.validation_metrics", cut_off)
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "b", "bert4rec", config, catalog, "5")
     again = trained(tmp_path / "b", "bert4rec", config, catalog, "5")
