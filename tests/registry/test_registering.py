@@ -26,7 +26,7 @@ def test_known_artifacts_are_the_same_version(registry: Registry) -> None:
     run = registry.runs["1"]
     assert register(registry.config, run.run_dir, run.artifacts) == "1"
     client, _ = connect(registry.config)
-    assert client.get_model_version_by_alias("qbrec", "challenger").version == "1"
+    assert str(client.get_model_version_by_alias("qbrec", "challenger").version) == "1"
     assert len(all_versions(client, "qbrec")) == 3
 
 
