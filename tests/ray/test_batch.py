@@ -302,7 +302,7 @@ def test_kill_and_repeat_on_s3(tiny: TinyRun, everybody: Path, s3: FaultProxy, t
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
 
     started.append(start())
-    assert started[0].wait(120) == -signal.SIGKILL
+    assert started[0].wait(300) == -signal.SIGKILL
     assert fault.fired == 1
     left = Folder(f"{bucket}/lists").sizes()
     assert "part-00000.parquet" in left
@@ -310,7 +310,7 @@ def test_kill_and_repeat_on_s3(tiny: TinyRun, everybody: Path, s3: FaultProxy, t
     assert IDENTITY in left
 
     again = start()
-    printed, _ = again.communicate(timeout=120)
+    printed, _ = again.communicate(timeout=300)
     assert again.returncode == 0
     summary = json.loads(printed)
     assert 2 <= summary["units_kept"] < summary["units"]
