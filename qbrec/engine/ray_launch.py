@@ -102,6 +102,9 @@ def launch_ray(order: Order, config: RootConfig) -> None:
     try:
         with ProgressWatcher(progress_file), _interruptible(stop), stop:
             trainer.fit()
+        stopped = _saved_error(order)
+        if stopped is not None:
+            raise stopped
     except TrainingFailedError as error:
         cause = _saved_error(order) or _sent_error(error)
         if cause is not None:
@@ -179,8 +182,12 @@ def _ray_worker(order: dict[str, Any]) -> None:
             "run.remote may be an object store",
         )
     earlier = _saved_error(typed)
-    if earlier is not None and (not earlier.retry or has_mark(run_dir, typed["owner"])):
-        raise earlier  # trying again does not help, or is not wanted
+    if earlier is not None and not earlier.retry:
+        raise earlier  # trying again does not help
+    if has_mark(run_dir, typed["owner"]):
+        if rank == 0 and earlier is None:
+            save_error(typed, _asked_before_start(typed))
+        return
     if rank == 0:
         # Of an earlier try: the driver must not take it for this one's.
         error_file(typed).unlink(missing_ok=True)
@@ -191,10 +198,21 @@ def _ray_worker(order: dict[str, Any]) -> None:
         # Of errors that come again on every rank the first one tells most; the checkpoint is rank 0's.
         if not error.retry or (rank == 0 if isinstance(error, Preempted) else _saved_error(typed) is None):
             save_error(typed, error)
-        if isinstance(error, Preempted) and not has_mark(run_dir, typed["owner"]):
+        if not isinstance(error, Preempted):
+            raise
+        if not has_mark(run_dir, typed["owner"]):
             # So Ray Train counts it against `max_preemption_failures` (no limit), not `max_failures`.
             raise RayActorError(error_msg=str(error), preempted=True) from error
-        raise
+        # As the driver wished. An error would let Ray start the group again, and where that takes a minute,
+        # the driver would be killed while it waits for it.
+
+
+def _asked_before_start(order: Order) -> Preempted:
+    return Preempted(
+        f"stage {order['stage']!r} was asked to stop while its workers started",
+        where=order["run_dir"],
+        fix="run the same command again: it goes on from the last checkpoint",
+    )
 
 
 def _watch_drain() -> None:
