@@ -185,7 +185,8 @@ def test_a_run_is_stopped_with_a_checkpoint_and_goes_on_from_it(
     tree = small_config(shop, tmp_path / "storage", name="long")
     tree["fusion"]["train"] |= {"epochs": 5000, "checkpoint_every": 100_000}
     run = Road.write(tmp_path, tree)
-    submitted = client(reach, "submit", "--config", run.config)
+    must(end(client(reach, "submit", "--config", run.config, "--no-wait")))
+    followed = client(reach, "logs", "long", "--follow")
     wait_for_step(reach, "long", 3)
     second = end(client(reach, "submit", "--config", run.config))
     assert second.returncode == 5
@@ -195,7 +196,7 @@ def test_a_run_is_stopped_with_a_checkpoint_and_goes_on_from_it(
     assert "qbrec-long-1 is STOPPED" in stopped
     saved = re.search(r"stage 'fusion' was asked to stop, and saved step (\d+)", stopped)
     assert saved, stopped
-    done = end(submitted)
+    done = end(followed)
     assert done.returncode == 143, done.stderr
     assert "qbrec-long-1: STOPPED, exit code 143" in done.stderr
     assert (run.run_dir / "checkpoints" / "fusion" / f"step-{saved[1]}").is_dir()
