@@ -27,6 +27,7 @@ from ranking_data import catalogue, encoder, histories
 
 from qbrec.evaluation.protocol import TestSet, rank_model
 from qbrec.ranking.bonus import Bonus, BonusScorer
+from qbrec.ranking.counted import count_arrows
 from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer, Scorer
 from qbrec.ranking.topk import tie_rank
@@ -62,7 +63,7 @@ def main() -> None:
     past = histories(items, options.users, seed=21)
     began = time.perf_counter()
     training = past.prefix(past.lengths - 2)
-    graphs = ItemGraphs.fit(training, num_items=options.items, keep=KEEP)
+    graphs = ItemGraphs(**count_arrows(training, num_items=options.items, keep=KEEP))
     counted = time.perf_counter() - began
     print(f"{options.users:,} users, item graphs in {counted:.0f} s, {peak_gib():.1f} GiB", flush=True)
     counts = np.bincount(training.values, minlength=options.items)

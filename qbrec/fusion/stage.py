@@ -22,7 +22,7 @@ from qbrec.fusion.catalog_pass import embed_catalog
 from qbrec.fusion.embed import FusionEncoder
 from qbrec.fusion.model import BEHAVIOUR, QUERY_STD, STRUCTURE, FusionModel, ModalitySpec
 from qbrec.fusion.training import train_fusion
-from qbrec.ranking.graphs import COUNTED
+from qbrec.ranking.counted import COUNTED
 from qbrec.storage.artifact import Artifact, write_atomic
 from qbrec.storage.block_reader import BlockSet
 

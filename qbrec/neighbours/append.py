@@ -18,7 +18,8 @@ from qbrec.engine.context import StageContext
 from qbrec.neighbours.alike import Queries, alike
 from qbrec.neighbours.content import content_with_new
 from qbrec.neighbours.stage import among_all
-from qbrec.ranking.graphs import COUNTED, GRAPHS, parts_of, with_prefix
+from qbrec.ranking.counted import COUNTED
+from qbrec.ranking.graphs import GRAPHS, parts_of, with_prefix
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.generations import GenerationsView
 from qbrec.storage.id_table import GENERATION, numbered

@@ -14,7 +14,8 @@ from qbrec.config import RootConfig
 from qbrec.engine.context import StageContext
 from qbrec.neighbours.alike import alike
 from qbrec.neighbours.content import content_of_catalog, views_of_catalog
-from qbrec.ranking.graphs import COUNTED, GRAPHS, ItemGraphs
+from qbrec.neighbours.counting import counted_graphs
+from qbrec.ranking.graphs import GRAPHS, ItemGraphs
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.catalog_view import CatalogView
 from qbrec.storage.token_table import token_table
@@ -47,17 +48,18 @@ def run(ctx: StageContext, config: RootConfig, inputs: Mapping[str, Artifact]) -
             whole = catalog.num_items, catalog.num_items
             views[name] = among_all(found, rows=rows, columns=rows, shape=whole)
             progress.close()
+    counted = counted_graphs(
+        ctx,
+        catalog.load_training(config.data.target_domain),
+        num_items=catalog.num_items,
+        keep=config.ranking.neighbours,
+    )
     writer = ctx.writer()
     meta: dict[str, Any] = {"arrows": {name: int(graph.nnz) for name, graph in views.items()}}
     if ctx.is_main:
-        histories = catalog.load_histories(config.data.target_domain)
-        training = histories.rows.prefix(np.asarray(histories.cut)[:, 0])
-        graphs = ItemGraphs.fit(
-            training, num_items=catalog.num_items, keep=config.ranking.neighbours, alike=views
-        )
-        arrays = graphs.arrays()
+        arrays = ItemGraphs(**counted, alike=views).arrays()
         writer.save_safetensors(GRAPHS, {name: torch.from_numpy(array) for name, array in arrays.items()})
-        meta["arrows"] |= {name: int(getattr(graphs, name).nnz) for name in COUNTED}
+        meta["arrows"] |= {name: int(graph.nnz) for name, graph in counted.items()}
     return ctx.commit(writer, meta=meta, inputs=inputs)
 
 

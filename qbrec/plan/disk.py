@@ -9,7 +9,7 @@ from qbrec.config.stages import TrainConfig
 from qbrec.fusion.model import BEHAVIOUR
 from qbrec.plan.scenario import Modality, Resolved, Scenario
 from qbrec.quantizer.packing import code_dtype
-from qbrec.ranking.graphs import COUNTED
+from qbrec.ranking.counted import COUNTED
 
 PAGE = 4096  # bytes that a system reads at least
 DISPLAY = 200  # bytes of an item's id, title, brand and categories

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from qbrec.ranking.graphs import ItemGraphs, strongest
+from qbrec.ranking.counted import strongest
+from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.kin import kin_of_appended, with_inherited
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.rescore import add_bonus

@@ -6,6 +6,8 @@ very next item), `together` (in the same history, whatever the order), and one `
 Two steps reach further than one: what follows the followers, what is like the followers, what follows items
 like those of the history. The last two give items with few interactions, or none, a place beside their kin.
 Items appended to the catalogue later have arrows of content only: `ItemGraphs.grown`.
+
+    graphs = ItemGraphs(**count_arrows(training, num_items=N, keep=100), alike=views)
 """
 
 from __future__ import annotations
@@ -20,13 +22,12 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from qbrec.errors import DataError
-from qbrec.ranking.cooccurrence import FOLLOWS, NEXT, TOGETHER, co_occurrence, recency
+from qbrec.ranking.cooccurrence import recency
+from qbrec.ranking.counted import COUNTED, strongest
 from qbrec.storage.artifact import Artifact
 from qbrec.storage.id_table import ALIKE_KIND
 from qbrec.storage.ragged import Ragged
 
-POPULARITY_POWER = 0.1  # how much a candidate's popularity is discounted
-EVEN = 0.5  # the same where order counts for nothing: the cosine of two items' users
 DECAY = 0.6  # of an item's weight against the one after it, for what follows
 CONTENT_DECAY = 0.8  # the same for what is alike
 TOGETHER_DECAY = 0.95  # and for what is together
@@ -53,20 +54,6 @@ class ItemGraphs:
     alike: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
     back: Mapping[str, sp.csr_matrix] = field(default_factory=dict)
     num_appended: int = 0
-
-    @classmethod
-    def fit(
-        cls, training: Ragged, *, num_items: int, keep: int, alike: Mapping[str, sp.csr_matrix] | None = None
-    ) -> ItemGraphs:
-        """Count in the training part of histories; `keep` followers stay for each item."""
-        counts = np.bincount(training.values, minlength=num_items) + 1.0
-        graphs = []
-        for counting, power in ((FOLLOWS, POPULARITY_POWER), (NEXT, POPULARITY_POWER), (TOGETHER, EVEN)):
-            matrix = co_occurrence(training, num_items=num_items, counting=counting)
-            matrix = sp.diags(counts**-0.5) @ matrix @ sp.diags(counts**-power)
-            graphs.append(strongest(matrix.tocsr().astype(np.float32), keep))
-        follows, after, together = graphs
-        return cls(follows, after, together, alike or {})
 
     def grown(self, rows: Mapping[str, sp.csr_matrix]) -> ItemGraphs:
         """The graphs with M appended items, whose arrows lead to items of the catalogue that they are like.
@@ -177,7 +164,6 @@ class ItemGraphs:
         return cls(graphs["follows"], graphs["next"], graphs["together"], without_prefix(graphs))
 
 
-COUNTED = ("follows", "next", "together")
 CONTENT_PATHS = ("{}", "follows>{}", "{}>follows")  # of every content view
 _SPARSE = 20  # arrows that are followed at most, as a share of the items, for a product to be made compact
 _ALIKE = "alike."
@@ -275,16 +261,3 @@ def steps(weights: sp.csr_matrix, graph: sp.csr_matrix) -> sp.csr_matrix:
     product = (left @ right).tocsr()
     found = (product.data, columns[product.indices], product.indptr)
     return sp.csr_matrix(found, shape=(weights.shape[0], graph.shape[1]))
-
-
-def strongest(matrix: sp.csr_matrix, keep: int) -> sp.csr_matrix:
-    """The `keep` largest entries of every row, by column; of equal ones those of lower column."""
-    matrix.sort_indices()  # always: sums over the entries must not depend on who shares the batch
-    if np.diff(matrix.indptr).max(initial=0) <= keep:
-        return matrix
-    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    order = np.lexsort((matrix.indices, -matrix.data, rows))
-    place = np.arange(len(rows)) - matrix.indptr[rows]  # within its row, since `order` keeps rows together
-    kept = np.sort(order[place < keep])
-    indptr = np.concatenate([[0], np.cumsum(np.minimum(np.diff(matrix.indptr), keep))])
-    return sp.csr_matrix((matrix.data[kept], matrix.indices[kept], indptr), shape=matrix.shape)

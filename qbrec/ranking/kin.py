@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse as sp
 
-from qbrec.ranking.graphs import CONTENT_PATHS, ItemGraphs, steps, strongest
+from qbrec.ranking.counted import strongest
+from qbrec.ranking.graphs import CONTENT_PATHS, ItemGraphs, steps
 
 
 def kin_of_appended(graphs: ItemGraphs, weights: Sequence[float]) -> sp.csr_matrix | None:

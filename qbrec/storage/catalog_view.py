@@ -212,6 +212,16 @@ class CatalogView(DomainRows):
         mine = np.flatnonzero(numbers == self.domain_number(domain))
         return Histories(user[mine], numbers[mine], rows.take(mine), times.take(mine), cut[mine])
 
+    def load_training(self, domain: str) -> Ragged:
+        """Item rows of the training parts of one domain's histories, in memory; the other users have none.
+
+        Raises:
+            DataError: There is no such domain.
+        """
+        blocks = self.histories()
+        ours = blocks.column("domain") == self.domain_number(domain)
+        return blocks.ragged(RaggedField("row", offsets="offset")).prefix(blocks.column("cut")[:, 0] * ours)
+
     @cached_property
     def _hashes(self) -> NDArray[np.uint64]:
         return self.artifact.load_npy("hashes.npy")

@@ -37,16 +37,22 @@ def quantizer_inputs(
     }
     catalog.write_table("items.arrow", pa.table(table))
     meta = {"num_items": count, "domains": ["toys"]}
+    return {
+        "catalog": catalog.commit(meta=meta, inputs={}, config={}, seed=0),
+        "fusion": write_fused(store, fused),
+    }
+
+
+def write_fused(store: ArtifactStore, fused: Tensor) -> Artifact:
+    """A fusion artifact with these vectors, [N, D]."""
+    rows = np.arange(len(fused), dtype=np.int64)
     fusion = store.writer("fusion", "f" * 64)
     fusion.prepare()
     writer = BlockTarWriter(fusion.path, prefix="fused")
     vectors = fused.numpy().astype(np.float16)
-    for start in range(0, count, BLOCK):
-        part = slice(start, min(start + BLOCK, count))
+    for start in range(0, len(rows), BLOCK):
+        part = slice(start, min(start + BLOCK, len(rows)))
         depth = np.ones(part.stop - start, np.uint8)
         writer.add({"row": rows[part], "fused": vectors[part], "depth": depth}, part.stop - start)
     write_block_index(Path(fusion.path) / "blocks.fused.npy", [writer.close()])
-    return {
-        "catalog": catalog.commit(meta=meta, inputs={}, config={}, seed=0),
-        "fusion": fusion.commit(meta={"width": fused.shape[1]}, inputs={}, config={}, seed=0),
-    }
+    return fusion.commit(meta={"width": fused.shape[1]}, inputs={}, config={}, seed=0)

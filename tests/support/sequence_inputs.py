@@ -34,7 +34,7 @@ def make_inputs(root: Path, *, num_users: int = 90, seed: int = 0) -> dict[str, 
     trained = np.concatenate([rows[: c[0]] for rows, c in zip(histories, cut, strict=True)])
     writer.save_npy("train_counts.npy", np.bincount(trained, minlength=2 * ITEMS).astype(np.int64))
     writer.save_npy("item_domain.npy", np.repeat(np.arange(2, dtype=np.uint8), ITEMS))
-    meta = {"num_items": 2 * ITEMS, "domains": list(DOMAINS)}
+    meta = {"num_items": 2 * ITEMS, "domains": list(DOMAINS), "modalities": {}}
     catalog = writer.commit(meta=meta, inputs={}, config={}, seed=0)
 
     row = np.arange(2 * ITEMS)

@@ -13,6 +13,7 @@ import torch
 from qbrec.errors import DataError
 from qbrec.neighbours.content import content_of_catalog, content_with_new, views_of_catalog
 from qbrec.ranking.bonus import Bonus, BonusScorer
+from qbrec.ranking.counted import count_arrows
 from qbrec.ranking.graphs import GRAPHS, ItemGraphs, _appended_rows, graphs_of, without_prefix
 from qbrec.ranking.scorer import FactorisedScorer
 from qbrec.registry.bundle import PARTS, open_served, parts_of, write_bundle
@@ -30,7 +31,8 @@ from tests.support.grown_shop import configuration
 
 def test_the_bonus_knows_only_what_was_trained_on() -> None:
     rng = np.random.default_rng(0)
-    graphs = ItemGraphs.fit(Ragged.from_lists([[1, 2, 3], [2, 4], [3, 5]]), num_items=6, keep=5)
+    training = Ragged.from_lists([[1, 2, 3], [2, 4], [3, 5]])
+    graphs = ItemGraphs(**count_arrows(training, num_items=6, keep=5))
     bonus = Bonus(graphs, (2.0,) * len(graphs.names))
     histories = Ragged.from_lists([[1, 7, 2, 8], [9], [3, 4]])
 

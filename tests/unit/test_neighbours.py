@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
 from qbrec.engine.context import StageContext
 from qbrec.neighbours import alike as module
 from qbrec.neighbours.alike import Queries, alike
+from qbrec.neighbours.counting import share
 from qbrec.storage.artifact import ArtifactStore
 
 
@@ -80,6 +83,14 @@ def test_any_number_of_ranks_finds_the_same(ctx: StageContext, monkeypatch: pyte
         parts.append(alike(one, x, keep=5))
     assert (sum(parts[1:], parts[0]) != whole).nnz == 0
     assert min(part.nnz for part in parts) > 0
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 9))
+def test_ranks_share_occurrences_evenly(occurrences: list[int], world: int) -> None:
+    shares = [share(np.array(occurrences), rank=rank, world=world) for rank in range(world)]
+    assert [item for items in shares for item in items] == [*range(len(occurrences))]
+    for items in shares:
+        assert sum(occurrences[i] for i in items) <= sum(occurrences) / world + max(occurrences)
 
 
 def nearest_by_hand(queries: np.ndarray, table: np.ndarray, keep: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from qbrec.ranking.bonus import SCALES, Bonus, BonusScorer, conditional_logit, tune_bonus
+from qbrec.ranking.counted import count_arrows
 from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.topk import LOWEST
 from qbrec.storage.ragged import Ragged
@@ -34,7 +35,7 @@ class Flat:
 
 def ring() -> ItemGraphs:
     chain = [[i, (i + 1) % NUM_ITEMS] for i in range(NUM_ITEMS)] * 3
-    return ItemGraphs.fit(Ragged.from_lists(chain), num_items=NUM_ITEMS, keep=5)
+    return ItemGraphs(**count_arrows(Ragged.from_lists(chain), num_items=NUM_ITEMS, keep=5))
 
 
 def after(steps: int) -> list[tuple[Ragged, np.ndarray, int]]:

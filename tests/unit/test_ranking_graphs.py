@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from qbrec.ranking import cooccurrence
 from qbrec.ranking import graphs as graphs_module
 from qbrec.ranking.cooccurrence import FOLLOWS, NEXT, TOGETHER, Counting, co_occurrence, recency
-from qbrec.ranking.graphs import ItemGraphs, steps, strongest
+from qbrec.ranking.counted import COUNTED, count_arrows, strongest
+from qbrec.ranking.graphs import ItemGraphs, steps
 from qbrec.storage.ragged import Ragged
 
 NUM_ITEMS = 12
@@ -31,6 +34,11 @@ def brute_co(histories: list[list[int]], counting: Counting) -> np.ndarray:
                     co[row[a], row[b]] += weight
                     co[row[b], row[a]] += weight * counting.backward
     return co
+
+
+def made(histories: list[list[int]], keep: int, **alike: sp.csr_matrix) -> ItemGraphs:
+    counted = count_arrows(Ragged.from_lists(histories), num_items=NUM_ITEMS, keep=keep)
+    return ItemGraphs(**counted, alike=alike)
 
 
 def cut(matrix: np.ndarray, keep: int) -> np.ndarray:
@@ -67,8 +75,41 @@ def test_what_a_pair_counts() -> None:
     assert co_occurrence(Ragged.from_lists([[3]]), num_items=NUM_ITEMS).nnz == 0
 
 
+@pytest.mark.parametrize("pairs", [200, 1 << 25])
+def test_what_surrounds_an_item_is_the_same_whoever_counts_it(
+    pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, also where an item has more pairs than are counted at once."""
+    monkeypatch.setattr(cooccurrence, "CHUNK_PAIRS", pairs)
+    histories = [*draw(4), [], [3] * 9, [0, 1]]
+    done: list[int] = []
+
+    def counted(keep: int, *cuts: int) -> dict[str, sp.csr_matrix]:
+        parts = [
+            count_arrows(
+                Ragged.from_lists(histories),
+                num_items=NUM_ITEMS,
+                keep=keep,
+                items=range(*ends),
+                on_items=done.append,
+            )
+            for ends in itertools.pairwise([0, *cuts, NUM_ITEMS])
+        ]
+        return {name: sp.vstack([part[name] for part in parts], "csr") for name in COUNTED}
+
+    for name, graph in counted(NUM_ITEMS).items():
+        expected = brute_arrows(histories, NUM_ITEMS)[name]
+        np.testing.assert_allclose(graph.toarray(), expected, rtol=1e-5)
+    assert sum(done) == len(COUNTED) * NUM_ITEMS
+    for keep in (4, NUM_ITEMS):
+        whole, shared = counted(keep), counted(keep, 5, 5, 6)
+        for name in COUNTED:
+            for part in ("indptr", "indices", "data"):
+                np.testing.assert_array_equal(getattr(shared[name], part), getattr(whole[name], part))
+
+
 def brute_arrows(histories: list[list[int]], keep: int) -> dict[str, np.ndarray]:
-    counts = np.bincount(np.concatenate(histories), minlength=NUM_ITEMS) + 1.0
+    counts = np.bincount([item for row in histories for item in row], minlength=NUM_ITEMS) + 1.0
     found = {}
     for name, counting, power in (
         ("follows", FOLLOWS, 0.1),
@@ -100,9 +141,7 @@ def brute_paths(
 def test_every_path_equals_brute_force() -> None:
     histories, queries = draw(0), draw(1, users=9)
     for keep in (3, NUM_ITEMS):
-        graphs = ItemGraphs.fit(
-            Ragged.from_lists(histories), num_items=NUM_ITEMS, keep=keep, alike={"text": view(5)}
-        )
+        graphs = made(histories, keep, text=view(5))
         like = view(5).toarray()
         expected = brute_paths(queries, brute_arrows(histories, keep), like, like)
         assert graphs.names == tuple(expected)
@@ -121,9 +160,7 @@ def test_grown_graphs_equal_brute_force_on_the_grown_matrices() -> None:
     old[5] = 0  # like nothing: it has room for anything
     new[2] = 0
     old, new = lists_of(old, keep), lists_of(new * 0.9, keep)
-    graphs = ItemGraphs.fit(
-        Ragged.from_lists(histories), num_items=NUM_ITEMS, keep=NUM_ITEMS, alike={"text": old}
-    )
+    graphs = made(histories, NUM_ITEMS, text=old)
     grown = graphs.grown({"text": new})
     assert grown.num_items == NUM_ITEMS + added
     assert grown.names == graphs.names
@@ -156,9 +193,7 @@ def test_grown_graphs_equal_brute_force_on_the_grown_matrices() -> None:
 
 
 def test_graphs_grow_by_generations_without_new_items_too() -> None:
-    graphs = ItemGraphs.fit(
-        Ragged.from_lists(draw(0)), num_items=NUM_ITEMS, keep=5, alike={"text": view(5), "fused": view(6)}
-    )
+    graphs = made(draw(0), 5, text=view(5), fused=view(6))
     none = sp.csr_matrix((0, NUM_ITEMS), dtype=np.float32)
     queries = Ragged.from_lists(draw(3, users=4))
     for ours, theirs in zip(
@@ -177,9 +212,7 @@ def test_products_for_few_histories_are_made_compact(sparse: int, monkeypatch: p
 
 
 def test_graphs_survive_the_disk_form() -> None:
-    graphs = ItemGraphs.fit(
-        Ragged.from_lists(draw(0)), num_items=NUM_ITEMS, keep=5, alike={"text": view(1), "fused": view(2)}
-    )
+    graphs = made(draw(0), 5, text=view(1), fused=view(2))
     again, queries = ItemGraphs.from_arrays(graphs.arrays()), Ragged.from_lists(draw(3, users=4))
     assert again.names == graphs.names
     for ours, theirs in zip(again.paths(queries), graphs.paths(queries), strict=True):
@@ -187,7 +220,7 @@ def test_graphs_survive_the_disk_form() -> None:
 
 
 def test_an_empty_history_and_an_unknown_follower_lead_nowhere() -> None:
-    graphs = ItemGraphs.fit(Ragged.from_lists([[0, 1], [2]]), num_items=NUM_ITEMS, keep=5)
+    graphs = made([[0, 1], [2]], 5)
     assert all(path.nnz == 0 for path in graphs.paths(Ragged.from_lists([[], [2]])))
 
 
