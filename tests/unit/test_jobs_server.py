@@ -270,9 +270,14 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(
         wait_for(lambda: ("GET", "/api/jobs/qbrec-shop-1/logs/tail") in server.requests)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A process that was started in the background may have been told to ignore Ctrl-C.
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     began = time.monotonic()
-    assert command(monkeypatch, server, "logs", "shop", "--follow") == 130
+    try:
+        assert command(monkeypatch, server, "logs", "shop", "--follow") == 130
+    finally:
+        signal.signal(signal.SIGINT, earlier)
     assert time.monotonic() - began < 30
     error = capsys.readouterr().err
     assert "the job goes on" in error
