@@ -149,7 +149,7 @@ def test_a_burst_is_answered_and_counted(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     figures = json.loads(done.stdout)
     assert figures["errors"] == 0
-    assert figures["requests"] > 8
+    assert figures["requests"] >= figures["clients"]
     assert 0 < figures["p50_ms"] <= figures["p95_ms"] <= figures["p99_ms"]
 
     def scraped() -> bool:
