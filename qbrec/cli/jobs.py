@@ -100,13 +100,18 @@ def status(run: str, address: str | None, as_json: bool) -> None:
       qbrec status shop --address http://127.0.0.1:8265
       qbrec status shop --json
     """
+    from qbrec.errors import LaunchError
     from qbrec.jobs.attempts import newest
     from qbrec.jobs.cluster import connect
-    from qbrec.jobs.progress import read_log
+    from qbrec.jobs.progress import Seen, read_log
 
     client = connect(address)
     attempt = newest(client, run)
-    seen = read_log(client.get_job_logs(attempt.id))
+    try:
+        seen = read_log(client.get_job_logs(attempt.id))
+    except LaunchError as error:  # its node may be gone
+        click.secho(f"its log cannot be had: {error}", err=True, fg="yellow")
+        seen = Seen({})
     click.echo(json.dumps(_document(attempt, seen), indent=1) if as_json else _text(attempt, seen))
 
 

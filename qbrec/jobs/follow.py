@@ -53,6 +53,7 @@ def follow(
         passed = 0  # a stream begins anew with the first line
         with closing(_stream(client, attempt.id, silent_s)) as chunks:
             for chunk in chunks:
+                answered = time.monotonic()
                 passed += len(chunk)
                 if passed > written:
                     write(chunk[written - passed :])

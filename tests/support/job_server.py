@@ -35,6 +35,7 @@ class JobServer:
         on_submit: Called with the body of a submission before it is looked at.
         on_stop: Called with the id; its answer says whether somebody heard it.
         down: Answers 503 to everything, as a proxy whose server is gone.
+        refused: How often it did.
         closing: It is about to end.
     """
 
@@ -49,6 +50,7 @@ class JobServer:
     on_submit: Callable[[dict[str, Any]], None] = lambda body: None
     on_stop: Callable[[str], bool] = lambda job: True
     down: bool = False
+    refused: int = 0
     closing: bool = False
 
     def add(
@@ -85,6 +87,7 @@ class JobServer:
     async def _note(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.requests.append((request.method, request.path))
         if self.down:
+            self.refused += 1
             return web.Response(status=503, text="<html>\n<b>no upstream</b>\n</html>")
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             return web.Response(status=401, text="Unauthorized: Missing authentication token")
@@ -128,7 +131,10 @@ class JobServer:
         return web.json_response({"stopped": self.on_stop(request.match_info["job"])})
 
     async def _logs(self, request: web.Request) -> web.Response:
-        return web.json_response({"logs": self.logs[request.match_info["job"]]})
+        name = request.match_info["job"]
+        if name not in self.logs:
+            return web.Response(status=500, text="Traceback:\nFileNotFoundError: its node is gone")
+        return web.json_response({"logs": self.logs[name]})
 
     async def _tail(self, request: web.Request) -> web.StreamResponse:
         name, stream, sent = request.match_info["job"], web.WebSocketResponse(), 0

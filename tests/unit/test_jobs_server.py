@@ -260,6 +260,28 @@ def test_a_cluster_that_is_gone_is_given_up(server: JobServer, client: JobClient
         follow(client, attempt, lambda text: None, silent_s=0.2)
 
 
+def test_only_the_time_without_an_answer_counts(server: JobServer, client: JobClient) -> None:
+    """The stream is alive for longer than a cluster may be away, and then it is away for less."""
+    server.add("qbrec-shop-1", "RUNNING", metadata=OURS)
+    server.logs["qbrec-shop-1"] = TEXT
+    server.cut = [len(TEXT) + 1]
+
+    def fall_and_rise() -> None:
+        time.sleep(2.0)
+        server.down = True
+        server.logs["qbrec-shop-1"] += "x\n"
+        wait_for(lambda: not server.cut and server.refused >= 2)
+        server.down = False
+        ending(server, "qbrec-shop-1", "SUCCEEDED", 0)
+
+    attempt = newest(client, "shop")
+    threading.Thread(target=fall_and_rise, daemon=True).start()
+    parts: list[str] = []
+    follow(client, attempt, parts.append, lost_s=1.8, pause_s=0.05)
+    assert server.refused >= 2, "the fault did not fire"
+    assert "".join(parts) == TEXT + "x\nthe last word\n"
+
+
 def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, server: JobServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,9 +330,12 @@ def test_status_tells_how_far_the_newest_attempt_is(
     document = json.loads(capsys.readouterr().out)
     assert (document["attempt"], document["status"], document["exit_code"]) == (10, "RUNNING", None)
     assert document["progress"]["step"] == [11, 25]
+    del server.logs["qbrec-shop-1"]
     assert command(monkeypatch, server, "status", "qbrec-shop-1") == 0
-    assert "FAILED after" in (text := capsys.readouterr().out)
+    text, error = capsys.readouterr()
+    assert "FAILED after" in text
     assert "exit code 4" in text
+    assert "its log cannot be had: the cluster answers 500: FileNotFoundError: its node is gone" in error
 
 
 def test_a_run_that_is_not_there_or_not_the_only_one(server: JobServer, client: JobClient) -> None:
