@@ -42,8 +42,25 @@ start_time() { # field 22 of /proc/PID/stat, nothing for a zombie; field 2 may h
     sed -n 's/.*) //p' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" {print $20}'
 }
 
-members() { # process ids, zombies left out, of the session that process $1 leads
-    ps -o pid=,stat= -s "$1" | awk '$2 !~ /^Z/ {print $1}'
+members() { # process ids, zombies left out, of the session that process $1 leads and of what descends from it
+    # (Ray starts the driver of a job in a session of its own)
+    ps -e -o pid=,ppid=,sid=,stat= | awk -v leader="$1" '
+        $4 ~ /^Z/ { next }
+        { parent[$1] = $2; if ($3 == leader) in_node[$1] = 1 }
+        END {
+            do {
+                grown = 0
+                for (p in parent) if (!(p in in_node) && parent[p] in in_node) { in_node[p] = 1; grown = 1 }
+            } while (grown)
+            for (p in in_node) print p
+        }'
+}
+
+same() { # those of the "process id, start time" lines on stdin that still run
+    local pid started
+    while read -r pid started; do
+        [[ -z "$pid" || "$(start_time "$pid")" != "$started" ]] || echo "$pid"
+    done
 }
 
 start_node() { # start_node I: node I in a process session of its own, so that it can be stopped as a whole
@@ -100,23 +117,37 @@ up() {
     echo "dashboard: $RAY_API_SERVER_ADDRESS (token in $DIR/token)"
 }
 
-stop_node() { # stop_node FILE SIGNAL: the whole process session that node lives in
-    local pid
-    read -r pid _ <"$1"
-    members "$pid" | xargs -r kill "-$2" 2>/dev/null || true
+processes() { # processes FILE: "process id, start time" of all that the node consists of
+    local leader pid started
+    read -r leader _ <"$1"
+    for pid in $(members "$leader"); do
+        started="$(start_time "$pid" || true)"
+        [[ -z "$started" ]] || echo "$pid $started"
+    done
+}
+
+signal() { # signal NAME: to the process ids on stdin; some may be gone by now
+    xargs -r kill "-$1" 2>/dev/null || true
 }
 
 down() {
-    local file i
+    local file i known
     # Workers first, so that the head sees them leave.
     for file in $(ls -r "$DIR"/n*.pid 2>/dev/null); do
         if alive "$file"; then
-            stop_node "$file" TERM
+            # Listed before anything dies: whose parent is gone is not to be found any more.
+            known="$(processes "$file")"
+            same <<<"$known" | signal TERM
             for ((i = 0; i < 20; i++)); do
-                [[ -n "$(members "$(cut -d' ' -f1 "$file")")" ]] || break
+                [[ -n "$(same <<<"$known")" ]] || break
                 sleep 0.5
             done
-            stop_node "$file" KILL
+            known+=$'\n'"$(processes "$file")" # what started meanwhile
+            for ((i = 0; i < 20; i++)); do
+                [[ -n "$(same <<<"$known")" ]] || break
+                same <<<"$known" | signal KILL
+                sleep 0.1
+            done
         fi
         rm -f "$file"
     done
@@ -152,7 +183,7 @@ case "${1:-}" in
     kill)
         file="$DIR/n${2:-}.pid"
         [[ -f "$file" ]] && alive "$file" || fail "node ${2:-(none named)} does not run" "bash cluster/local.sh status" 2
-        stop_node "$file" KILL
+        processes "$file" | same | signal KILL
         ;;
     *)
         sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//'

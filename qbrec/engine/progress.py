@@ -30,7 +30,7 @@ class Progress:
         label: What is being done.
         silent: True on every rank but 0.
         file: Where to leave the state for the driver instead of drawing it.
-        done: Units finished before (a resumed stage).
+        done: Units finished before (a resumed stage): a line of its own says where it goes on.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Progress:
         self.total, self.label, self.done = max(total, 1), label, done
         self._first, self._start, self._drawn = done, time.monotonic(), 0.0
         self._silent, self._file, self._info, self._shown = silent, file, "", ""
+        self._note = f"  {label}: goes on from {done} of {self.total}" if done else ""
         self._lock = threading.Lock()
 
     def update(self, n: int = 1, /, **info: float | str) -> None:
@@ -81,8 +82,12 @@ class Progress:
             if final or now - self._drawn > _FILE_PERIOD_S:
                 self._drawn = now
                 state = {"line": self.line(), "final": final, "label": self.label}
+                state |= {"note": self._note, "start": self._start}
                 write_atomic(self._file, json.dumps(state).encode())
             return
+        if self._note:
+            draw_line(self._note, final=True)
+            self._note = ""
         if final or now - self._drawn > (_TERMINAL_PERIOD_S if sys.stderr.isatty() else _LOG_PERIOD_S):
             line = self.line()
             if line != self._shown or sys.stderr.isatty():
@@ -135,10 +140,16 @@ def draw_line(line: str, *, final: bool, stream: TextIO | None = None) -> None:
 
 
 class ProgressWatcher:
-    """Draws on the driver what a worker's `Progress` leaves in a file."""
+    """Draws on the driver what a worker's `Progress` leaves in a file.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        file: That file.
+        period_s: Seconds between two looks; None: often on a terminal, seldom in a log.
+    """
+
+    def __init__(self, file: Path, *, period_s: float | None = None) -> None:
         self._file, self._stop = file, threading.Event()
+        self._period = period_s or (0.5 if sys.stderr.isatty() else _LOG_PERIOD_S)
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> ProgressWatcher:
@@ -152,13 +163,17 @@ class ProgressWatcher:
         self._thread.join()
 
     def _watch(self) -> None:
-        shown, period = "", 0.5 if sys.stderr.isatty() else _LOG_PERIOD_S
+        shown, start = "", 0.0
         while True:
-            stopping = self._stop.wait(period)
+            stopping = self._stop.wait(self._period)
             try:
                 state = json.loads(self._file.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 state = None  # not written yet, or replaced this very moment: the next look sees it
+            if state and state["start"] != start:  # the workers', too, when they were started again
+                start, shown = state["start"], ""
+                if state["note"]:
+                    draw_line(state["note"], final=True)
             if state and state["line"] != shown:
                 shown = state["line"]
                 draw_line(shown, final=state["final"] or stopping)

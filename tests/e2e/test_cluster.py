@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -20,50 +17,19 @@ from typing import Any
 import pytest
 
 from tests.support.cli import ROOT, STAGES, Road, environment, must, small_config
-from tests.support.processes import free_ports
+from tests.support.local_cluster import LocalCluster, local_cluster
 from tests.support.scrape import scrape
 
-Shell = Callable[..., subprocess.CompletedProcess[str]]
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with local_cluster(2) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Shell]:
-    """`cluster/local.sh` with two nodes up; the folder is short because sockets lie below it."""
-    folder = tempfile.mkdtemp(prefix="qb-")
-    env = environment(
-        {
-            "QBREC_CLUSTER_DIR": folder,
-            "QBREC_CLUSTER_PORT": str(free_ports(40, first=28_000, end=32_000)),
-            "QBREC_VENV": str(Path(sys.executable).parents[1]),
-        }
-    )
-
-    def shell(*args: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", str(ROOT / "cluster" / "local.sh"), *args]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-
-    try:
-        must(shell("up", "2"))
-        yield shell
-    finally:
-        must(shell("down"))
-        left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if folder.encode() in _read(p)]
-        shutil.rmtree(folder, ignore_errors=True)
-        assert not left, f"`down` left processes behind: {left}"
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-@pytest.fixture(scope="module")
-def reach(cluster: Shell) -> dict[str, str]:
-    """The variables with which a client finds the cluster and is let in."""
-    exports = (shlex.split(line)[1] for line in must(cluster("env")).splitlines())
-    return dict(line.split("=", 1) for line in exports)
+def reach(cluster: LocalCluster) -> dict[str, str]:
+    return cluster.reach()
 
 
 def client(reach: dict[str, str], *args: str | Path) -> subprocess.Popen[str]:
@@ -99,7 +65,7 @@ def wait_for_step(reach: dict[str, str], run: str, step: int) -> dict[str, Any]:
         time.sleep(1)
 
 
-def test_two_nodes_are_up_and_want_the_token(cluster: Shell) -> None:
+def test_two_nodes_are_up_and_want_the_token(cluster: LocalCluster) -> None:
     status = must(cluster("status"))
     assert status.count(": running") == 2
     assert "/2.0 CPU" in status
@@ -113,7 +79,7 @@ def test_two_nodes_are_up_and_want_the_token(cluster: Shell) -> None:
         assert "uthentication" in stranger.stderr + stranger.stdout
 
 
-def test_a_second_cluster_is_refused(cluster: Shell) -> None:
+def test_a_second_cluster_is_refused(cluster: LocalCluster) -> None:
     again = cluster("up", "2")
     assert again.returncode == 5
     assert "already runs" in again.stderr
@@ -129,17 +95,13 @@ def submitted(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Road:
 
 
 def test_a_submitted_run_succeeds_with_the_same_metrics_and_is_seen_by_prometheus(
-    cluster: Shell, road: Road, submitted: Road
+    cluster: LocalCluster, road: Road, submitted: Road
 ) -> None:
     # The driver runs on the head, whose metrics port is the 16th of the cluster's.
     port = int(must(cluster("env")).split("RAY_ADDRESS=127.0.0.1:")[1].split()[0]) + 15
     seen: set[tuple[str, str]] = set()
     with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(
-            cluster,
-            "submit", "--working-dir", ".", "--runtime-env", "launch/runtime_env.yaml",
-            "--", "python", "-m", "qbrec", "run", "--config", str(submitted.config),
-        )  # fmt: skip
+        job = pool.submit(cluster.submit_run, submitted.config)
         while not job.done():
             seen |= {(name, labels["stage"]) for name, labels, _ in scrape(port, run="submitted")}
             time.sleep(1)

@@ -17,7 +17,7 @@ import pytest
 from tests.support.cli import ROOT, STAGES, Road, environment, must, small_config
 from tests.support.processes import members
 
-TRAINING = ("fusion", "pretrain", "finetune", "sasrec", "bert4rec")
+TRAINING = ("fusion", "pretrain", "finetune", "sasrec")
 # Here everything dies at once, as in a power cut, so that the stage cannot end by itself. In the other stages
 # only the driver is killed: its workers live on for a while beside those of the next one.
 POWER_CUT = ("fusion", "pretrain")

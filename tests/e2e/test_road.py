@@ -33,20 +33,20 @@ def mlflow_client(road: Road):
 
 def test_the_table_has_every_model_metric_and_interval(road: Road) -> None:
     metrics = road.metrics()
-    for model in ("qbrec", "popularity", "itemknn", "sasrec", "bert4rec"):
+    for model in ("qbrec", "popularity", "itemknn", "sasrec"):
         for seen in ("removed", "kept"):
             for name in METRICS:
                 value = metrics["models"][model][seen][name]
                 assert 0 <= value["low"] <= value["mean"] <= value["high"] <= 1
     shown = road.outputs[0].stdout
-    assert all(word in shown for word in ("qbrec", "popularity", "itemknn", "sasrec", "bert4rec", "NDCG@10"))
+    assert all(word in shown for word in ("qbrec", "popularity", "itemknn", "sasrec", "NDCG@10"))
 
 
 def test_every_stage_left_an_artifact_and_progress_with_an_eta(road: Road) -> None:
     assert set(road.stages()) >= set(STAGES)
     assert all((road.artifact(stage) / "manifest.json").is_file() for stage in STAGES)
     lines = [json.loads(line) for line in (road.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in lines} >= {"fusion", "pretrain", "finetune", "sasrec", "bert4rec"}
+    assert {line["stage"] for line in lines} >= {"fusion", "pretrain", "finetune", "sasrec"}
     assert all(math.isfinite(value) for line in lines for value in line["metrics"].values())
     assert "eta " in road.outputs[0].stderr or "took " in road.outputs[0].stderr
 
@@ -152,7 +152,7 @@ def test_another_run_shares_the_stages_that_are_equal(road: Road) -> None:
     sibling = Road.write(road.config.parent, tree)
     must(sibling.run())
     same = {stage for stage in STAGES if sibling.stages()[stage]["key"] == road.stages()[stage]["key"]}
-    assert same == {"catalog", "fusion", "quantizer", "neighbours", "pretrain", "sasrec", "bert4rec"}
+    assert same == {"catalog", "fusion", "quantizer", "neighbours", "pretrain", "sasrec"}
 
 
 def test_promotion_asks_the_gate(road: Road) -> None:

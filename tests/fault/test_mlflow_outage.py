@@ -50,6 +50,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(shop: Path, storage: Path, *, name: str, port: int) -> dict[str, Any]:
     tree = small_config(shop, storage, name=name)
     tree["compute"] = {"launcher": "inprocess", "threads_per_worker": 1, "device": "cpu"}
+    tree["evaluation"]["baselines"] = ["popularity", "itemknn", "sasrec", "bert4rec"]
     tree["tracking"] = {"uri": f"http://127.0.0.1:{port}", "experiment": name}
     return tree
 

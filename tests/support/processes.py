@@ -40,7 +40,9 @@ def end_session(session: int, *, timeout: float) -> None:
 def free_ports(count: int, *, first: int, end: int) -> int:
     """First of `count` consecutive ports from `first` on, below `end`, that nobody listens on."""
     # Two test runs on one machine rarely look at the same ones.
-    for base in range(first + os.getpid() % 80 * count, end, count):
+    bases = range(first, end - count + 1, count)
+    turn = os.getpid() % len(bases)
+    for base in (*bases[turn:], *bases[:turn]):
         with ExitStack() as held:
             try:
                 for port in range(base, base + count):

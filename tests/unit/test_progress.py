@@ -1,0 +1,42 @@
+"""Lines of progress, here and through a file that another process draws."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from qbrec.engine.progress import Progress, ProgressWatcher, read_line
+
+
+def test_a_line_says_what_it_was_made_of() -> None:
+    progress = Progress(400, "fusion", silent=True, done=100)
+    progress.update(20, loss=4.25, step="120/400")
+    found = read_line(progress.line())
+    assert found is not None
+    assert (found.label, found.share) == ("fusion", 0.3)
+    assert found.info == {"loss": "4.25", "step": "120/400"}
+
+
+def test_work_that_goes_on_says_from_where(capfd: pytest.CaptureFixture[str]) -> None:
+    with Progress(10, "fusion", done=4) as progress:
+        progress.update(6)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "  fusion: goes on from 4 of 10"
+    assert "100%" in lines[-1]
+    assert sum("goes on" in line for line in lines) == 1
+
+
+def test_the_driver_hears_of_every_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where a worker that was started again goes on from the same checkpoint as before."""
+    file = tmp_path / "fusion.json"
+    with ProgressWatcher(file, period_s=0.05):
+        for done in (0, 4, 4, 0):
+            with Progress(10, "fusion", file=file, done=done) as progress:
+                progress.update(1)
+            time.sleep(0.3)
+    shown = capfd.readouterr().err
+    assert re.findall(r"goes on from (\d+) of 10", shown) == ["4", "4"]
+    assert shown.count("%") == 4
