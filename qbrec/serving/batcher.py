@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qbrec.config.sections import ServingConfig
-from qbrec.registry.recommend import Recommendation
+from qbrec.registry.item_names import Recommendation
 from qbrec.serving.live import LoadedModel
 from qbrec.storage.ragged import Ragged
 
@@ -159,7 +159,7 @@ class Batcher:
 
 def _looked_up(model: LoadedModel, question: Question, among: Allowed | None) -> Ragged:
     model.recommender.check(question.k, among=among)
-    return model.recommender.resolve(question.histories, suggest_from=_SUGGEST_FROM)
+    return model.recommender.names.resolve(question.histories, suggest_from=_SUGGEST_FROM)
 
 
 def _answers(jobs: list[_Job]) -> list[Lists | Exception]:
@@ -175,7 +175,7 @@ def _answers(jobs: list[_Job]) -> list[Lists | Exception]:
         values = np.concatenate([jobs[place].rows.values for place in places])
         recommender = first.model.recommender
         try:
-            lists = recommender.describe(
+            lists = recommender.names.describe(
                 *recommender.rank(
                     Ragged.from_lengths(values, np.concatenate(lengths)),
                     k=first.k,

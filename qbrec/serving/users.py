@@ -151,7 +151,7 @@ def _brought(column: pa.ChunkedArray, recommender: Recommender) -> tuple[Ragged,
     owner, names = flat(column)
     # Every name is hashed once, however often it occurs.
     encoded = names.cast(pa.string()).dictionary_encode()
-    known = np.append(recommender.lookup(encoded.dictionary.to_pylist()), -1)  # the last one is null
+    known = np.append(recommender.names.lookup(encoded.dictionary.to_pylist()), -1)  # the last one is null
     rows = known[np.asarray(pc.fill_null(encoded.indices, -1))]
     kept = rows >= 0
     lengths = np.bincount(owner, minlength=len(column))

@@ -125,8 +125,8 @@ class RankWorker:
         offsets = np.concatenate([[0], np.cumsum(found.sum(axis=1))]).astype(np.int32)
         # The same items come again and again: each is named once.
         distinct, back = np.unique(rows[found], return_inverse=True)
-        names = pa.array(self._recommender.item_ids(distinct), pa.string())
-        semantic = pa.array([self._recommender.semantic_id(int(row)) for row in distinct], pa.string())
+        names = pa.array(self._recommender.names.item_ids(distinct), pa.string())
+        semantic = pa.array([self._recommender.names.semantic_id(int(row)) for row in distinct], pa.string())
         columns = [
             users.user_ids,
             _lists_of(names.take(pa.array(back)), offsets),
