@@ -152,26 +152,23 @@ def standing_of(config: RootConfig, evaluation: Artifact) -> Standing | None:
             rival = None
             if other is not None:
                 bundle = FetchedBundle(config, other, folder=Path(folder))
-                run = versions[other].tags.get(RUN_TAG, "")
-                rival = _rival(
-                    bundle, evaluation, run=run, serves=other == served.champion, seed=config.run.seed
-                )
+                found = Rival(other, versions[other].tags.get(RUN_TAG, ""), serves=other == served.champion)
+                rival = _compared_with(found, bundle, evaluation, seed=config.run.seed)
             verdict = None if version is None else last(versions[version].tags)
             return Standing(name, version, served.champion in own, verdict, rival)
     except RegistryError as error:
         return Standing(name, problem=str(error))
 
 
-def _rival(bundle: FetchedBundle, ours: Artifact, *, run: str, serves: bool, seed: int) -> Rival:
-    found = Rival(bundle.version, run, serves)
+def _compared_with(rival: Rival, bundle: FetchedBundle, ours: Artifact, *, seed: int) -> Rival:
     ours.file(RANKS)  # damaged, it is no matter of the other's
     try:
         theirs = bundle.part("evaluation", METRICS_FILE, RANKS)
         assert theirs is not None, "every bundle has one"
         paired, problem = paired_with(ours, theirs, seed=seed)
-        return replace(found, metrics=theirs.load_json(METRICS_FILE), paired=paired, problem=problem)
+        return replace(rival, metrics=theirs.load_json(METRICS_FILE), paired=paired, problem=problem)
     except DataError as error:
-        return replace(found, problem=f"its evaluation cannot be read: {error.what}")
+        return replace(rival, problem=f"its evaluation cannot be read: {error.what}")
 
 
 def _facts(version: ModelVersion, served: Served) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def write_report(
         flow(config, run_dir, artifacts),
         *examples(config, artifacts),
         codebooks(artifacts),
-        training(run_dir),
+        training(run_dir, artifacts),
         data(artifacts, config),
         _configuration(config),
     ]

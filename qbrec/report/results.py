@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qbrec.evaluation.results import IDS_ALONE, MODEL
 from qbrec.registry.metrics import HEADLINE, Cells, cells_of, metric_names, qbrec_cells
@@ -100,8 +100,8 @@ def _second(found: Mapping[str, _Value], name: str, value: _Value) -> dict[str, 
 
 
 def _gain(cell: Mapping[str, float], against: str) -> Tile:
-    interval = f"{cell['low']:+.4f} … {cell['high']:+.4f}"
-    return Tile(f"{cell['mean']:+.4f}", f"{HEADLINE.upper()} against {against} ({interval})")
+    shown = _cell(cell, "+")
+    return Tile(shown.text, f"{HEADLINE.upper()} against {against} ({shown.note})")
 
 
 def _table(title: str, models: Mapping[str, Cells], *, first: str = "model", sign: str = "") -> Block:
@@ -114,14 +114,15 @@ def _table(title: str, models: Mapping[str, Cells], *, first: str = "model", sig
     return Block(title=title, head=head, rows=rows, numeric=frozenset(range(1, len(head))))
 
 
-def _slices(slices: Mapping[str, dict[str, object]], rival: Rival | None) -> Block:
+def _slices(slices: Mapping[str, Any], rival: Rival | None) -> Block:
     """One row per slice, one column per model, of the headline metric."""
-    rows, head = [], ("slice", "users")
+    rows: list[Row] = []
+    head: tuple[str, ...] = ()
     for name, part in slices.items():
         models = {model: _cell(c[HEADLINE], "") for model, c in cells_of(part["models"]).items()}
         if rival is not None:
             theirs = qbrec_cells(rival.metrics["slices"].get(name, {})).get(HEADLINE)
-            gain = rival.paired.get(f"{name}/{HEADLINE}")
+            gain = rival.paired.get(HEADLINE if name == "all" else f"{name}/{HEADLINE}")
             models = _second(models, "difference", _cell(asdict(gain), "+") if gain else Cell("–"))
             models = _second(models, rival_name(rival), _cell(theirs, "") if theirs else Cell("–"))
         rows.append(Row((Cell(name.replace("_", " ")), Cell(f"{part['num_users']:,}"), *models.values())))
@@ -131,4 +132,10 @@ def _slices(slices: Mapping[str, dict[str, object]], rival: Rival | None) -> Blo
 
 
 def _cell(cell: Mapping[str, float], sign: str) -> Cell:
-    return Cell(f"{cell['mean']:{sign}.4f}", f"{cell['low']:{sign}.4f} … {cell['high']:{sign}.4f}")
+    mean, low, high = (f"{_rounded(cell[key]):{sign}.4f}" for key in ("mean", "low", "high"))
+    return Cell(mean, f"{low} … {high}")
+
+
+def _rounded(value: float) -> float:
+    """To four decimals, and never -0."""
+    return round(value, 4) + 0.0

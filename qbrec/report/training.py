@@ -8,6 +8,7 @@ from pathlib import Path
 from qbrec.report.blocks import Block, Row, Section, cells
 from qbrec.report.run_log import read_curves
 from qbrec.report.svg import Series, line_chart, number
+from qbrec.storage.artifact import Artifact
 
 TRAINED = {
     "fusion": "Fusion: cross-modal injection",
@@ -29,21 +30,27 @@ _LEFT_OUT = ("num_users",)
 Points = Sequence[tuple[float, float]]
 
 
-def training(run_dir: Path) -> Section | None:
-    """Curves of every trained stage, and all that it logged."""
+def training(run_dir: Path, artifacts: Mapping[str, Artifact]) -> Section | None:
+    """Curves of every stage that this run trained, and all that it logged."""
     curves = read_curves(run_dir)
     blocks: list[Block] = []
     for stage, title in TRAINED.items():
         found = {name: points for name, points in curves.get(stage, {}).items() if name not in _LEFT_OUT}
         if found:
             blocks += (Block(title=title, charts=_charts(found)), _logged(found))
-    return Section("training", "Training", blocks=blocks) if blocks else None
+    elsewhere = [stage for stage in TRAINED if stage in artifacts and stage not in curves]
+    text = f"Reused, and so in the report of the run that trained them: {', '.join(elsewhere)}."
+    if not blocks and not elsewhere:
+        return None
+    return Section("training", "Training", texts=(text,) if elsewhere else (), blocks=blocks)
 
 
 def _charts(curves: Mapping[str, Points]) -> list[str]:
     charts = []
     for title, belongs in _CHARTS:
-        series = [Series(name, points) for name, points in curves.items() if belongs(name)]
+        series = [
+            Series(name.removeprefix("time/"), points) for name, points in curves.items() if belongs(name)
+        ]
         charts.append(line_chart(series, title=title, x_label="step"))
     return [chart for chart in charts if chart]
 
