@@ -51,18 +51,17 @@ def test_a_challenger_is_compared_with_the_champion(registry: Registry) -> None:
 
 def test_a_champion_is_compared_with_the_one_before(registry: Registry) -> None:
     promoted(registry, "1")
-    assert standing(registry, "1").serves
-    assert standing(registry, "1").rival is None
-    promoted(registry, "2", "3")
-    found = standing(registry, "3")
+    first = standing(registry, "1")
+    assert (first.serves, first.rival) == (True, None)
+    promoted(registry, "2")
+    found = standing(registry, "2")
     assert found.serves
     assert found.verdict is not None
-    assert found.verdict["champion"] == "2"
-    assert (rival(registry, "3").version, rival(registry, "3").serves) == ("2", False)
-    assert (rival(registry, "1").version, rival(registry, "1").serves) == ("3", True)
+    assert found.verdict["champion"] == "1"
+    assert found.rival is not None
+    assert (found.rival.version, found.rival.serves) == ("1", False)
     rollback(registry.config)
-    assert (rival(registry, "3").version, rival(registry, "3").serves) == ("2", True)
-    assert (rival(registry, "2").version, rival(registry, "2").serves) == ("1", False)
+    assert (rival(registry, "2").version, rival(registry, "2").serves) == ("1", True)
 
 
 def test_a_refusal_is_told(registry: Registry) -> None:
