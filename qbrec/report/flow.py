@@ -113,7 +113,7 @@ def _trained_on(name: str, catalog: Artifact, config: RootConfig) -> str:
     if name == "catalog":
         return f"items and interactions of {domains}"
     if name == "fusion":
-        return f"{items}: {', '.join(meta['modalities'])} and structure"
+        return f"{items}: {', '.join(meta['modalities'])}, categories and brands where there are any"
     if name == "quantizer":
         return f"the fused vectors of {items}"
     if name == "neighbours":
