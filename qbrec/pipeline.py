@@ -163,7 +163,10 @@ class Pipeline:
         start = time.monotonic()
         if self._main:
             say(f"▸ {stage.name}")
-        with self.tracker.stage(stage.name, key=key) if self._main else nullcontext() as record:
+        with (
+            self.record.timed(stage.name, key) if self._main else nullcontext(),
+            self.tracker.stage(stage.name, key=key) if self._main else nullcontext() as record,
+        ):
             if stage.distributed:
                 launch(order)
             else:
@@ -180,9 +183,7 @@ class Pipeline:
             if record is not None:
                 record.complete(found)
         if self._main:
-            seconds = time.monotonic() - start
-            say(f"✓ {stage.name:<11} {seconds:6.1f} s    {_short(found.path)}")
-            self.record.stages[stage.name] = {"seconds": round(seconds, 1)}
+            say(f"✓ {stage.name:<11} {time.monotonic() - start:6.1f} s    {_short(found.path)}")
         return found
 
     def _refuse_known(self) -> None:
@@ -268,9 +269,7 @@ class Pipeline:
 
     def report(self) -> Path:
         """Write the run's HTML report."""
-        from qbrec.report.page import write_report
-
-        return write_report(self.config, self.run_dir, self.artifacts)
+        return report_of(self.config, self.artifacts)
 
 
 def finished_artifacts(config: RootConfig) -> dict[str, Artifact]:
@@ -285,6 +284,19 @@ def finished_artifacts(config: RootConfig) -> dict[str, Artifact]:
         raise DataError("there is no such run yet", where=str(path), fix="`qbrec run --config …` makes it")
     store = ArtifactStore(Path(config.run.storage).resolve())
     return {name: store.open(stage["path"]) for name, stage in record.stages.items() if "path" in stage}
+
+
+def report_of(config: RootConfig, artifacts: Mapping[str, Artifact]) -> Path:
+    """Write the HTML report of a run, with what the registry says of its model.
+
+    Raises:
+        DataError: An artifact is damaged.
+    """
+    from qbrec.registry.describe import standing_of
+    from qbrec.report.page import write_report
+
+    standing = standing_of(config, artifacts["evaluation"]) if "evaluation" in artifacts else None
+    return write_report(config, run_directory(config), artifacts, standing=standing)
 
 
 def say(text: str, **style: Any) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +27,8 @@ class RunRecord:
 
     Attributes:
         path: The run's directory.
-        stages: Stage → {"key", "path", "seconds"} of every stage brought up to date.
+        stages: Stage → {"key", "path", "seconds"} of every stage brought up to date; without a path where it
+            has only been begun.
         owner: Mark of this process, also in the run's directory: an earlier one's workers see they are late.
         extra: Further facts, such as the registered version.
     """
@@ -96,6 +100,18 @@ class RunRecord:
         write_atomic(path / "config.yaml", dump_config(config).encode())
         record.save()
         return record
+
+    @contextmanager
+    def timed(self, stage: str, key: str) -> Iterator[None]:
+        """Note the seconds of a stage, however the block ends; those of attempts cut off before count too."""
+        earlier = self.stages.get(stage, {})
+        spent = earlier.get("seconds", 0.0) if earlier.get("key") == key and "path" not in earlier else 0.0
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stages[stage] = {"key": key, "seconds": round(spent + time.monotonic() - start, 1)}
+            self.save()
 
     def save(self) -> None:
         """Write run.json."""

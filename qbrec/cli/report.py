@@ -12,14 +12,15 @@ from qbrec.cli.options import config_options
 def report(config_path: str | None, overrides: tuple[str, ...]) -> None:
     """Write the report of a run from what is finished of it, and print where it lies.
 
+    It compares the run with the @champion of this moment and has the last verdict of the gate: write it
+    again before and after a promotion.
+
     \b
     Example:
       qbrec report --config shop.yaml
     """
     from qbrec.config import load_config
-    from qbrec.pipeline import finished_artifacts
-    from qbrec.report.page import write_report
-    from qbrec.run_record import run_directory
+    from qbrec.pipeline import finished_artifacts, report_of
 
     config = load_config(config_path, overrides=overrides)
-    click.echo(write_report(config, run_directory(config), finished_artifacts(config)))
+    click.echo(report_of(config, finished_artifacts(config)))

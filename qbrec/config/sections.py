@@ -171,6 +171,8 @@ class ComputeConfig(Section):
     encoder_gpus: Annotated[float, Field(gt=0.0, le=8.0)] = 1.0  # of one of them; a fraction shares a GPU
     encoder_cpus: Positive = 1
     ray_address: str | None = None  # None: the cluster of RAY_ADDRESS, else a local one
+    # Of all machines of the run together, in whatever currency; 0: unknown. Only the report reads it.
+    cost_per_hour: NonNegative = 0.0
 
     @model_validator(mode="after")
     def _offload(self) -> ComputeConfig:

@@ -176,7 +176,13 @@ class StageContext:
         if self.is_main:
             self.check_owner()
             prints = {name: artifact.fingerprint for name, artifact in inputs.items()}
-            writer.commit(meta=meta, inputs=prints, config=self.recipe, seed=self.seed)
+            writer.commit(
+                meta=meta,
+                inputs=prints,
+                config=self.recipe,
+                seed=self.seed,
+                made_by={"workers": self.world, "device": self.device.type},
+            )
         self.barrier()
         return self.store.open(writer.path)
 

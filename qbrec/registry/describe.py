@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,10 @@ from qbrec.registry.fetch import FetchedBundle
 from qbrec.registry.judge import METRICS_FILE, QUALITY_FILE
 from qbrec.registry.line import CHALLENGER, CHAMPION, Served, all_versions, read_served
 from qbrec.registry.metrics import qbrec_cells
+from qbrec.registry.standing import Rival, Standing, paired_with
 from qbrec.registry.verdicts import history, last
-from qbrec.registry.versions import registry_errors
+from qbrec.registry.versions import EVALUATION_TAG, RUN_TAG, registry_errors
+from qbrec.storage.artifact import Artifact
 from qbrec.tracking.client import connect
 from qbrec.tracking.flatten import flatten_params, safe_name
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 SHOWN = ("ndcg@10", "hr@10")  # in the list
-_NO_PRINTS = ("qbrec.run", "qbrec.run_dir", "qbrec.rolled_back")
+_NO_PRINTS = (RUN_TAG, "qbrec.run_dir", "qbrec.rolled_back")
 _GATE = "qbrec.gate"
 
 
@@ -124,6 +126,51 @@ def diff_versions(config: RootConfig, selector: str = CHALLENGER, against: str =
         }
 
 
+def standing_of(config: RootConfig, evaluation: Artifact) -> Standing | None:
+    """How the model of a run stands in the registry, and to whom it is compared there.
+
+    Args:
+        config: Names the registry and the model; its run.seed is that of the bootstrap, as for the gate.
+        evaluation: The run's evaluation: a version belongs to the run if it was registered with this one.
+
+    Returns:
+        None where the run has no registry; where that does not answer, the problem.
+    """
+    if not (config.registry.enabled and config.tracking.enabled):
+        return None
+    name = config.registry.model_name
+    try:
+        with registry_errors(config), tempfile.TemporaryDirectory(prefix="qbrec-standing-") as folder:
+            client, _ = connect(config)
+            served = read_served(client, name)
+            versions = {str(one.version): one for one in all_versions(client, name)}
+            own = [n for n, one in versions.items() if one.tags.get(EVALUATION_TAG) == evaluation.fingerprint]
+            version = served.champion if served.champion in own else max(own, key=int, default=None)
+            # Without a @champion nothing serves, whatever served once.
+            line = served.line if served.champion is not None else ()
+            other = next((number for number in reversed(line) if number not in own), None)
+            rival = None
+            if other is not None:
+                bundle = FetchedBundle(config, other, folder=Path(folder))
+                found = Rival(other, versions[other].tags.get(RUN_TAG, ""), serves=other == served.champion)
+                rival = _compared_with(found, bundle, evaluation, seed=config.run.seed)
+            verdict = None if version is None else last(versions[version].tags)
+            return Standing(name, version, served.champion in own, verdict, rival)
+    except RegistryError as error:
+        return Standing(name, problem=str(error))
+
+
+def _compared_with(rival: Rival, bundle: FetchedBundle, ours: Artifact, *, seed: int) -> Rival:
+    ours.file(RANKS)  # damaged, it is no matter of the other's
+    try:
+        theirs = bundle.part("evaluation", METRICS_FILE, RANKS)
+        assert theirs is not None, "every bundle has one"
+        paired, problem = paired_with(ours, theirs, seed=seed)
+        return replace(rival, metrics=theirs.load_json(METRICS_FILE), paired=paired, problem=problem)
+    except DataError as error:
+        return replace(rival, problem=f"its evaluation cannot be read: {error.what}")
+
+
 def _facts(version: ModelVersion, served: Served) -> dict[str, Any]:
     tags, verdict = version.tags, last(version.tags)
     created = time.gmtime(version.creation_timestamp / 1000)
@@ -131,7 +178,7 @@ def _facts(version: ModelVersion, served: Served) -> dict[str, Any]:
     return {
         "version": number,
         "aliases": sorted(alias for alias, one in served.aliases.items() if one == number),
-        "run": tags.get("qbrec.run"),
+        "run": tags.get(RUN_TAG),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", created),
         "means": {name: _number(tags.get(f"metric.{safe_name(name)}")) for name in SHOWN},
         "verdict": verdict,

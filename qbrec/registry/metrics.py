@@ -8,6 +8,7 @@ from typing import Any
 from qbrec.evaluation.results import MODEL
 from qbrec.ranking import METRICS
 
+HEADLINE = "ndcg@10"  # where there is room for one metric
 SEEN = "removed"  # items of the history are not recommended again: the mode that serves
 
 Cells = dict[str, dict[str, float]]  # metric name -> mean, low, high

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-GENERATIONS_TAG, COLDSTART_TAG = "qbrec.generations", "qbrec.coldstart"
+RUN_TAG = "qbrec.run"
+EVALUATION_TAG, GENERATIONS_TAG, COLDSTART_TAG = "qbrec.evaluation", "qbrec.generations", "qbrec.coldstart"
 NONE = "none"  # value of these two where there is nothing to name
 
 
@@ -70,7 +71,7 @@ def register(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact
                     raise RegistryError(
                         "the version of this run was deleted just now", where=name, fix="repeat the command"
                     )
-                tags = {"qbrec.run": config.run.name, "qbrec.run_dir": str(run_dir.resolve()), **prints}
+                tags = {RUN_TAG: config.run.name, "qbrec.run_dir": str(run_dir.resolve()), **prints}
                 metrics = qbrec_means(artifacts["evaluation"].load_json("metrics.json"))
                 tags |= {f"metric.{safe_name(k)}": f"{v:.6f}" for k, v in metrics.items()}
                 version = _new_version(config, logged, tags=tags)

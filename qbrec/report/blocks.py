@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell with an optional smaller second line."""
+    """A table cell with an optional smaller second line.
+
+    `picture` is a data URI, empty where one is missing; None: there is no room for one.
+    """
 
     text: str
     note: str = ""
+    picture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Item:
-    """A line of a list in a card."""
+    """A line of a list in a card; `picture` as in `Cell`."""
 
     text: str
     label: str = ""
     note: str = ""
+    picture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,10 @@ class Branch:
 
 @dataclass(frozen=True)
 class Block:
-    """Charts (SVG), a table, cards, a tree or folded text under a heading; `numeric`, `code` name columns."""
+    """Charts (SVG), a table, cards, a tree or plain text under a heading.
+
+    `numeric` and `code` name columns of the table. With a `summary` the table and the text are folded away.
+    """
 
     title: str = ""
     text: str = ""

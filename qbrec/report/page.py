@@ -9,21 +9,34 @@ from pathlib import Path
 
 from qbrec import __version__
 from qbrec.config import RootConfig, dump_config
-from qbrec.report import results, sections
+from qbrec.registry.standing import Standing
+from qbrec.report import results
 from qbrec.report.blocks import Block, Section
 from qbrec.report.codebooks import codebooks
+from qbrec.report.data import data
+from qbrec.report.decision import decision
+from qbrec.report.examples import examples
+from qbrec.report.flow import flow
+from qbrec.report.training import training
 from qbrec.storage.artifact import Artifact, write_atomic
 
 REPORT_FILE = "report.html"
 
 
-def write_report(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Artifact]) -> Path:
+def write_report(
+    config: RootConfig,
+    run_dir: Path,
+    artifacts: Mapping[str, Artifact],
+    *,
+    standing: Standing | None = None,
+) -> Path:
     """Write `report.html` into the run directory.
 
     Args:
         config: The run's configuration.
         run_dir: Its directory (metrics.jsonl, run.json).
         artifacts: The finished artifacts by stage name; chapters of missing ones are left out.
+        standing: What the registry says of the run's model, see `registry.describe.standing_of`.
 
     Returns:
         Path of the page.
@@ -32,19 +45,20 @@ def write_report(config: RootConfig, run_dir: Path, artifacts: Mapping[str, Arti
         DataError: An artifact is damaged.
     """
     chapters: list[Section | None] = [
-        sections.flow(config, run_dir, artifacts),
-        results.metrics(artifacts),
-        *results.examples(config, artifacts),
+        decision(artifacts, standing),
+        results.metrics(artifacts, standing),
+        flow(config, run_dir, artifacts),
+        *examples(config, artifacts),
         codebooks(artifacts),
-        sections.training(run_dir),
-        sections.data(artifacts, config),
+        training(run_dir, artifacts),
+        data(artifacts, config),
         _configuration(config),
     ]
     present = [chapter for chapter in chapters if chapter is not None]
     html = _render(
         title=f"qbrec run {config.run.name}",
         subtitle=_subtitle(artifacts),
-        tiles=results.tiles(artifacts),
+        tiles=results.tiles(artifacts, standing),
         sections=present,
         contents=[(chapter.id, chapter.name) for chapter in present],
         footer=f"Written by qbrec {__version__} on {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}.",

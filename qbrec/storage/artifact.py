@@ -107,9 +107,23 @@ class ArtifactWriter:
         return self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def commit(
-        self, *, meta: Mapping[str, Any], inputs: Mapping[str, str], config: Mapping[str, Any], seed: int
+        self,
+        *,
+        meta: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        config: Mapping[str, Any],
+        seed: int,
+        made_by: Mapping[str, Any] | None = None,
     ) -> Artifact:
-        """Hash all files and write the manifest: from here on the artifact exists."""
+        """Hash all files and write the manifest: from here on the artifact exists.
+
+        Args:
+            meta: Facts that later stages and people read.
+            inputs: Fingerprint of each input by name.
+            config: What of the configuration shaped it.
+            seed: What it was drawn with.
+            made_by: `workers` and `device` of the process group that made it; no part of the fingerprint.
+        """
         present = [p for p in sorted(self.path.rglob("*")) if p.is_file() and not p.name.endswith(".tmp")]
         names = {path.relative_to(self.path).as_posix(): path for path in present}
         files = hash_files(names, verified=self._notes)
@@ -123,6 +137,7 @@ class ArtifactWriter:
             "fingerprint": digest,
             "created": time.strftime(CREATED, time.gmtime()),
             "seed": seed,
+            "made_by": dict(made_by or {}),
             "config": dict(config),
             "inputs": dict(inputs),
             "meta": dict(meta),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,36 @@ def test_a_run_has_one_owner(tmp_path: Path) -> None:
     record.save()
     record.close()
     assert RunRecord.load(run_directory(_config(tmp_path))).stages["catalog"]["key"] == "k"
+
+
+def test_the_time_of_attempts_adds_up_until_the_stage_is_done(tmp_path: Path) -> None:
+    def attempt(key: str, *, fails: bool) -> float:
+        record = RunRecord.own(_config(tmp_path), resume="auto")
+        begin = time.monotonic()
+        with suppress(InterruptedError), record.timed("fusion", key):
+            time.sleep(0.15)
+            if fails:
+                raise InterruptedError
+        spent = time.monotonic() - begin
+        if not fails:
+            record.stages["fusion"]["path"] = "p"
+            record.save()
+        record.close()
+        return spent
+
+    def noted() -> float:
+        return float(RunRecord.load(run_directory(_config(tmp_path))).stages["fusion"]["seconds"])
+
+    spent = attempt("a", fails=True)
+    assert noted() == pytest.approx(spent, abs=0.06)
+    spent += attempt("a", fails=True) + attempt("a", fails=False)
+    assert noted() == pytest.approx(spent, abs=0.16)  # three times rounded
+    assert noted() > 0.4
+    spent = attempt("a", fails=False)  # made anew: what it took before is none of this one's
+    assert noted() == pytest.approx(spent, abs=0.06)
+    attempt("a", fails=True)
+    spent = attempt("b", fails=False)
+    assert noted() == pytest.approx(spent, abs=0.06)
 
 
 def test_a_worker_that_outlived_its_driver_writes_nothing(tmp_path: Path) -> None:
