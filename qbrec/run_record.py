@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qbrec.config import RootConfig, dump_config
+from qbrec.config import RootConfig, dump_config, load_config
 from qbrec.errors import ConfigError, LaunchError
 from qbrec.storage.artifact import write_atomic
+from qbrec.tracking.flatten import flatten_params
+
+_SHOWN = 4  # keys that differ, in an error
 
 
 def run_directory(config: RootConfig) -> Path:
@@ -89,8 +92,9 @@ class RunRecord:
         digest = config_digest(config)
         if record.digest and record.digest != digest:
             lock.close()
+            differing = _differing(config, path)
             raise ConfigError(
-                f"the run name {config.run.name!r} is in use with another configuration",
+                f"the run name {config.run.name!r} is in use with another configuration{differing}",
                 where=str(path / "config.yaml"),
                 fix="choose another run.name (runs share finished stages), or delete that folder",
             )
@@ -127,7 +131,27 @@ class RunRecord:
 
 def config_digest(config: RootConfig) -> str:
     """Hash of what makes two runs the same: all but where and how wide they execute, and who may serve."""
+    return hashlib.sha256(json.dumps(_identity(config), sort_keys=True).encode()).hexdigest()
+
+
+def _identity(config: RootConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json", exclude={"compute", "registry", "serving", "tracking"})
     for place in ("storage", "remote"):
         del tree["run"][place]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return tree
+
+
+def _differing(config: RootConfig, path: Path) -> str:
+    """`: key is A there, B here; …`; nothing where the run's configuration cannot be read any more."""
+    try:
+        there = flatten_params(_identity(load_config(path / "config.yaml")))
+    except (ConfigError, OSError):  # removed, or of a release with other keys
+        return ""
+    here = flatten_params(_identity(config))
+    found = [
+        f"{key} is {there.get(key, 'not set')} there, {here.get(key, 'not set')} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ": " + "; ".join(found[:_SHOWN]) + more if found else ""

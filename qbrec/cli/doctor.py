@@ -14,7 +14,7 @@ from qbrec.cli.options import config_options
 @config_options
 @click.option("--json", "as_json", is_flag=True, help="Print a document.")
 def doctor(config_path: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check versions, GPUs, collectives, shared memory, limits, storage, MLflow, token, cluster and clock.
+    """Check versions, GPUs, collectives, limits, input, storage, MLflow, token, cluster and clock.
 
     Every line is ✓ fine, ! a run works, but not as it should, or ✗ a run fails, with what is wrong and how to
     mend it. A cluster is asked where RAY_API_SERVER_ADDRESS or RAY_ADDRESS names one. Files and objects that

@@ -137,9 +137,10 @@ def _many(
     if as_json:
         click.echo(json.dumps(summary, indent=1))
         return
+    parts = f"{summary['units']} parts, {summary['units_kept']} of them from before"
+    speed = f"{summary['users_per_second']:,.0f} users/s"
     click.echo(
-        f"{summary['users']:,} users → {out}  ({summary['units']} parts, {summary['rejected']:,} users "
-        f"rejected, {summary['users_per_second']:,.0f} users/s)"
+        f"{summary['users']:,} users → {out}  ({parts}, {summary['rejected']:,} users rejected, {speed})"
     )
 
 

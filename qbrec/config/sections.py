@@ -238,7 +238,7 @@ class GateConfig(Section):
     min_metrics: dict[MetricName, float] = Field(default_factory=dict)  # e.g. {"ndcg@10": 0.05}
     # Absolute loss to @champion that is borne: the paired 95 % interval must not reach below minus it.
     max_loss: dict[MetricName, NonNegative] = Field(default_factory=lambda: {"ndcg@10": 0.002})
-    # Where @champion was evaluated on another catalogue, its users cannot be paired with ours.
+    # Where @champion was evaluated on other items or histories, its users cannot be paired with ours.
     other_catalog: Literal["refuse", "floors"] = "refuse"
     # Where the evaluation of @champion is damaged or gone, nothing can be compared with it.
     damaged_champion: Literal["refuse", "floors"] = "refuse"

@@ -43,7 +43,7 @@ def skew_finding(ahead: Mapping[str, float]) -> Finding:
     """What seconds by which other clocks are ahead mean."""
     if not ahead:
         return ok("clock", "no other clock answers")
-    found = ", ".join(f"{name} {seconds:+.1f} s" for name, seconds in ahead.items())
+    found = ", ".join(f"{name} {round(seconds, 1) + 0.0:+.1f} s" for name, seconds in ahead.items())
     worst = max(map(abs, ahead.values()))
     wrong = f"the clocks differ by {worst:.0f} s: times in logs and files contradict each other"
     if worst > _MUCH_S:

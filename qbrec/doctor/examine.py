@@ -12,6 +12,7 @@ from qbrec.doctor.cluster import check_cluster
 from qbrec.doctor.collectives import check_gloo, check_nccl
 from qbrec.doctor.devices import check_gpus
 from qbrec.doctor.finding import Finding, failure
+from qbrec.doctor.input import check_input
 from qbrec.doctor.limits import check_disk, check_object_store, check_open_files
 from qbrec.doctor.storage import check_storage
 from qbrec.doctor.token import check_token
@@ -32,6 +33,7 @@ def examine(config: RootConfig) -> list[Finding]:
         "nccl": check_nccl,
         "object store": check_object_store,
         "open files": check_open_files,
+        "input": partial(check_input, config),
         "storage": partial(check_storage, config),
         "disk": partial(check_disk, config),
         "mlflow": partial(check_tracking, config),

@@ -36,8 +36,10 @@ class Progress:
     def __init__(
         self, total: int, label: str, *, silent: bool = False, file: Path | None = None, done: int = 0
     ) -> None:
-        self.total, self.label, self.done = max(total, 1), label, done
-        self._first, self._start, self._drawn = done, time.monotonic(), 0.0
+        # Where there is nothing to do (a rank without a shard of its own), all of it is done.
+        self.total, self.done = (total, done) if total > 0 else (1, 1)
+        self.label = label
+        self._first, self._start, self._drawn = self.done, time.monotonic(), 0.0
         self._silent, self._file, self._info, self._shown = silent, file, "", ""
         self._note = f"  {label}: goes on from {done} of {self.total}" if done else ""
         self._lock = threading.Lock()

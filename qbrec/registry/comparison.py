@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +22,25 @@ from qbrec.storage.artifact import Artifact
 RESAMPLES = 10_000
 RANKS = "ranks.parquet"
 USER_KEY = ("domain", "user", "target_row")
+# Of a catalogue, what numbers its items and users, and who is asked for what. Features are no part of it: a
+# version with another text encoder, or of another seed, ranked the same items for the same users.
+HOLD_OUT = (
+    "hashes.npy",
+    "item_domain.npy",
+    "retired.npy",
+    "representatives.npy",
+    "users.arrow",
+    "histories-*.tar",
+)
 _SLICE = "in_"
 _FEW = 1000  # different values up to which resamples are drawn as counts of the values
+
+
+class Evaluated(NamedTuple):
+    """An evaluation and the catalogue whose users it ranked for; of that one the manifest is enough."""
+
+    evaluation: Artifact
+    catalog: Artifact
 
 
 @dataclass(frozen=True)
@@ -83,29 +102,29 @@ class Comparison:
         return paired_interval(differences, seed=self._seed)
 
 
-def same_catalogue(ours: Artifact, theirs: Artifact) -> bool:
-    """Whether two evaluations are of one catalogue, so that user and item numbers mean the same."""
-    return ours.inputs["catalog"] == theirs.inputs["catalog"]
+def same_hold_out(ours: Artifact, theirs: Artifact) -> bool:
+    """Whether two catalogues have the same items, users and histories: their numbers mean the same."""
+    return _hold_out(ours) == _hold_out(theirs)
 
 
 def check_champion(
-    challenger: Artifact, champion: Artifact, *, gate: GateConfig, seed: int
+    challenger: Evaluated, champion: Evaluated, *, gate: GateConfig, seed: int
 ) -> tuple[Check, ...]:
     """Non-inferiority on the same users: the lower end of the interval of the mean paired difference.
 
     Args:
-        challenger: Evaluation artifact of the version that wants to serve.
-        champion: Evaluation artifact of the version that serves.
+        challenger: Of the version that wants to serve.
+        champion: Of the version that serves.
         gate: How much may be lost in which metric, and what holds when the hold-outs differ.
         seed: Of the bootstrap.
 
     Raises:
         DataError: One of them is damaged.
     """
-    if not same_catalogue(challenger, champion):
-        what = "the champion was evaluated on another catalogue, so users cannot be paired"
+    if not same_hold_out(challenger.catalog, champion.catalog):
+        what = "the champion was evaluated on other items or histories, so users cannot be paired"
         return (without_comparison(what, key="other_catalog", passed=gate.other_catalog == "floors"),)
-    comparison = Comparison(challenger, champion, seed=seed)
+    comparison = Comparison(challenger.evaluation, champion.evaluation, seed=seed)
     checks = []
     for name, loss in sorted(gate.max_loss.items()):
         found = comparison.problem or comparison.of(name)
@@ -126,7 +145,7 @@ def without_comparison(what: str, *, key: str, passed: bool) -> Check:
         key: Of the gate, which decides it.
         passed: Whether that is `floors`.
     """
-    word = f"floors decide ({key}: floors)" if passed else f"gate.{key}: floors lets the floors decide"
+    word = f"floors decide ({key}: floors)" if passed else f"with `{key}: floors` in the gate, floors decide"
     return Check("comparison with @champion", passed, f"{what}; {word}")
 
 
@@ -153,6 +172,16 @@ def paired_interval(differences: NDArray[np.float64], *, seed: int) -> Paired:
         means = resampled[:, :1] / resampled[:, 1:]
     low, high = interval(means)
     return Paired(float(differences.mean()), float(low[0]), float(high[0]), total)
+
+
+def _hold_out(catalog: Artifact) -> dict[str, str]:
+    """SHA-256 of each file that makes up the hold-out."""
+    files = catalog.manifest["files"]
+    return {
+        name: entry["sha256"]
+        for name, entry in files.items()
+        if any(fnmatchcase(name, pattern) for pattern in HOLD_OUT)
+    }
 
 
 def _users(

@@ -13,9 +13,9 @@ from qbrec.config import RootConfig
 from qbrec.errors import DataError, RegistryError
 from qbrec.ranking import METRICS
 from qbrec.registry.bundle import COLDSTART, COLDSTART_FILE
-from qbrec.registry.comparison import RANKS, Comparison, same_catalogue
+from qbrec.registry.comparison import Comparison, same_hold_out
 from qbrec.registry.fetch import FetchedBundle
-from qbrec.registry.judge import METRICS_FILE, QUALITY_FILE
+from qbrec.registry.judge import METRICS_FILE, QUALITY_FILE, evaluated
 from qbrec.registry.line import CHALLENGER, CHAMPION, Served, all_versions, read_served
 from qbrec.registry.metrics import qbrec_cells
 from qbrec.registry.standing import Rival, Standing, paired_with
@@ -251,13 +251,12 @@ def _differing(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, 
 
 
 def _compared(version: FetchedBundle, against: FetchedBundle, *, seed: int) -> dict[str, Any]:
-    evaluations = [bundle.part("evaluation", METRICS_FILE, RANKS) for bundle in (version, against)]
-    ours, theirs = evaluations
-    assert ours is not None, "every bundle has one"
-    assert theirs is not None, "every bundle has one"
-    documents = [artifact.load_json(METRICS_FILE) for artifact in (ours, theirs)]
-    comparison = Comparison(ours, theirs, seed=seed) if same_catalogue(ours, theirs) else None
-    unpaired = "they were evaluated on different catalogues" if comparison is None else comparison.problem
+    ours, theirs = evaluated(version), evaluated(against)
+    documents = [one.evaluation.load_json(METRICS_FILE) for one in (ours, theirs)]
+    comparison, unpaired = None, "they were evaluated on different items or histories"
+    if same_hold_out(ours.catalog, theirs.catalog):
+        comparison = Comparison(ours.evaluation, theirs.evaluation, seed=seed)
+        unpaired = comparison.problem
 
     def row(tables: list[Mapping[str, Any]], metric: str, part: str) -> dict[str, Any]:
         means = [qbrec_cells(table).get(metric, {}).get("mean") for table in tables]

@@ -12,13 +12,12 @@ from qbrec.config.sections import GateConfig, IdGateConfig
 from qbrec.errors import DataError
 from qbrec.registry.bundle import COLDSTART, COLDSTART_FILE
 from qbrec.registry.checks import check_coldstart, check_floors, check_ids
-from qbrec.registry.comparison import RANKS, check_champion, without_comparison
+from qbrec.registry.comparison import RANKS, Evaluated, check_champion, without_comparison
 from qbrec.registry.fetch import FetchedBundle
 from qbrec.registry.gate import Check, Verdict
 from qbrec.registry.latency import check_latency
 from qbrec.registry.probe import HISTORIES, PROBE
 from qbrec.registry.recommend import Recommender
-from qbrec.storage.artifact import Artifact
 
 METRICS_FILE, QUALITY_FILE = "metrics.json", "quality.json"
 
@@ -62,7 +61,7 @@ class Judge:
     def _alone(self) -> tuple[Check, ...]:
         """What has nothing to do with the champion: asked once, however often that one changes."""
         gate, bundle = self._gate, self._bundle
-        checks = [*check_floors(self._evaluation.load_json(METRICS_FILE), gate.min_metrics)]
+        checks = [*check_floors(self._evaluated.evaluation.load_json(METRICS_FILE), gate.min_metrics)]
         if gate.ids != IdGateConfig():
             quantizer = bundle.part("quantizer", QUALITY_FILE)
             assert quantizer is not None, "every bundle has one"
@@ -78,16 +77,16 @@ class Judge:
         return tuple(checks)
 
     @cached_property
-    def _evaluation(self) -> Artifact:
-        return _evaluation_of(self._bundle)
+    def _evaluated(self) -> Evaluated:
+        return evaluated(self._bundle)
 
     def _compared(self, champion: str) -> Sequence[Check]:
         if champion not in self._champions:
             self._champions[champion] = FetchedBundle(self._config, champion, folder=self._folder)
-        ours = self._evaluation
-        ours.file(RANKS)  # damaged, it is no matter of the champion's
+        ours = self._evaluated
+        ours.evaluation.file(RANKS)  # damaged, it is no matter of the champion's
         try:
-            theirs = _evaluation_of(self._champions[champion])
+            theirs = evaluated(self._champions[champion])
             return check_champion(ours, theirs, gate=self._gate, seed=self._config.run.seed)
         except DataError as error:
             what = f"the evaluation of @champion, version {champion}, cannot be read: {error.what}"
@@ -95,7 +94,14 @@ class Judge:
             return [without_comparison(what, key="damaged_champion", passed=passed)]
 
 
-def _evaluation_of(bundle: FetchedBundle) -> Artifact:
-    evaluation = bundle.part("evaluation", METRICS_FILE, RANKS)
+def evaluated(bundle: FetchedBundle) -> Evaluated:
+    """What a version can be compared by.
+
+    Raises:
+        DataError: It is missing or damaged.
+        RegistryError: It cannot be fetched.
+    """
+    evaluation, catalog = bundle.part("evaluation", METRICS_FILE, RANKS), bundle.part("catalog")
     assert evaluation is not None, "every bundle has one"
-    return evaluation
+    assert catalog is not None, "every bundle has one"
+    return Evaluated(evaluation, catalog)

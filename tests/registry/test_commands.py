@@ -164,19 +164,19 @@ def test_diff(registry: Registry, config: Path) -> None:
 def test_diff_of_another_catalogue_and_configuration(
     registry: Registry, config: Path, tmp_path: Path
 ) -> None:
-    other = registry_run(tmp_path / "other", shop=1)
+    other = registry_run(tmp_path / "other", shop="b")
     wide = other.config.sequence.model_copy(update={"max_items": 20})
     changed = registry.config.model_copy(update={"sequence": wide})
     version = register(changed, other.run_dir, other.artifacts)
     found = document("registry", "diff", version, "2", "--config", config)
     assert found["configuration"]["sequence.max_items"] == {"version": "20", "against": "10"}
     assert set(found["configuration"]) == {"sequence.max_items", "run.storage"}
-    assert found["unpaired"] == "they were evaluated on different catalogues"
+    assert found["unpaired"] == "they were evaluated on different items or histories"
     row = found["metrics"]["hr@10"]
     assert row["difference"] is None
     assert row["version"] == other.artifacts["evaluation"].meta["hr@10"]
     text = qbrec("registry", "diff", version, "2", "--config", config).stdout
-    assert "no intervals: they were evaluated on different catalogues" in text
+    assert "no intervals: they were evaluated on different items or histories" in text
     assert "sequence.max_items  20" in text
 
 

@@ -254,11 +254,21 @@ class TestMissing:
         assert registry.aliases == {"champion": "1"}
         assert "qbrec.gate" not in registry.tags("2")
 
-    def test_the_champion_is_of_another_catalogue(self, registry: Registry, tmp_path: Path) -> None:
-        other = registry_run(tmp_path / "other", shop=1)
+    def test_the_champion_has_other_features_of_the_same_items(
+        self, registry: Registry, tmp_path: Path
+    ) -> None:
+        other = registry_run(tmp_path / "other", features=1)
+        assert other.artifacts["catalog"].fingerprint != registry.runs["1"].artifacts["catalog"].fingerprint
         version = register(registry.config, other.run_dir, other.artifacts)
         promoted(registry, "1")
-        with pytest.raises(GateError, match="another catalogue"):
+        verdict = promote(registry.config, version=version, gate=GateConfig(max_loss={"ndcg@10": 1.0}))
+        assert "not worse than @champion in ndcg@10" in str(verdict)
+
+    def test_the_champion_is_of_another_catalogue(self, registry: Registry, tmp_path: Path) -> None:
+        other = registry_run(tmp_path / "other", shop="b")
+        version = register(registry.config, other.run_dir, other.artifacts)
+        promoted(registry, "1")
+        with pytest.raises(GateError, match="other items or histories"):
             promote(registry.config, version=version)
         assert registry.aliases == {"champion": "1"}
         assert promote(registry.config, version=version, gate=GateConfig(other_catalog="floors")).passed

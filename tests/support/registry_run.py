@@ -9,13 +9,14 @@ from tests.support.grown_shop import draw, write_catalog
 from tests.support.tiny_run import TinyRun, retrained
 
 
-def registry_run(folder: Path, *, seed: int = 1, shop: int = 0) -> TinyRun:
+def registry_run(folder: Path, *, seed: int = 1, shop: str = "", features: int = 0) -> TinyRun:
     """A run up to its evaluation, with a storage of its own below `folder`.
 
     Args:
         folder: Where to.
         seed: Of its codes and its encoder.
-        shop: Another number is another catalogue.
+        shop: Begins the names of its items: another one is another hold-out.
+        features: Another number is another catalogue of the same items and users.
     """
     config = parse_config(
         {
@@ -25,7 +26,7 @@ def registry_run(folder: Path, *, seed: int = 1, shop: int = 0) -> TinyRun:
             "evaluation": {"bootstrap": 100, "baselines": ["popularity"]},
         }
     )
-    items = draw(120, "i", seed=shop)
+    items = draw(120, f"{shop}i", seed=features)
     catalog = write_catalog(folder / "storage", items, num_users=200, tested=True)
     run = TinyRun(config, folder / "storage" / "runs" / config.run.name, {"catalog": catalog})
     return retrained(run, seed=seed)

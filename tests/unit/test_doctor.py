@@ -28,6 +28,7 @@ from qbrec.doctor.cluster import check_cluster
 from qbrec.doctor.devices import check_gpus
 from qbrec.doctor.examine import guarded
 from qbrec.doctor.finding import Finding, document, failure, ok, text, warning
+from qbrec.doctor.input import check_input
 from qbrec.doctor.limits import check_disk, check_object_store, check_open_files
 from qbrec.doctor.storage import check_storage
 from qbrec.doctor.token import check_token
@@ -194,6 +195,20 @@ def unprivileged() -> Iterator[Path]:
             os.seteuid(0)
         folder.chmod(0o755)
         shutil.rmtree(folder)
+
+
+def test_input_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert one(check_input(config(tmp_path)), "ok").found == "no domain is configured"
+    places = {role: str(tmp_path / f"{role}.parquet") for role in ("items", "interactions")}
+    asked = config(tmp_path, data={"domains": {"shop": places}})
+    (tmp_path / "items.parquet").write_bytes(bytes(1_500_000))
+    found = one(check_input(asked), "error")
+    assert (found.wrong, found.found) == (
+        "no Parquet file here",
+        f"data.domains.shop.interactions: {places['interactions']}",
+    )
+    (tmp_path / "interactions.parquet").write_bytes(bytes(500_000))
+    assert one(check_input(asked), "ok").found == "shop: 2 Parquet files, 2.0 MB"
 
 
 def test_a_storage_that_works_is_left_as_it_was(tmp_path: Path) -> None:

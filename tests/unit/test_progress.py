@@ -40,3 +40,8 @@ def test_the_driver_hears_of_every_start(tmp_path: Path, capfd: pytest.CaptureFi
     shown = capfd.readouterr().err
     assert re.findall(r"goes on from (\d+) of 10", shown) == ["4", "4"]
     assert shown.count("%") == 4
+
+
+def test_nothing_to_do_is_all_done() -> None:
+    """A rank that has no shard of its own embeds nothing."""
+    assert "100%" in Progress(0, "embed items", silent=True).line()

@@ -16,7 +16,7 @@ from qbrec.config.sections import GateConfig, IdGateConfig
 from qbrec.errors import ConfigError, DataError, RegistryError
 from qbrec.ranking import METRICS, metrics_of_ranks
 from qbrec.registry.checks import check_coldstart, check_floors, check_ids
-from qbrec.registry.comparison import Comparison, Paired, check_champion, paired_interval
+from qbrec.registry.comparison import Comparison, Evaluated, Paired, check_champion, paired_interval
 from qbrec.registry.gate import load_gate, named_gate
 from qbrec.registry.line import Served
 from qbrec.registry.lock import registry_lock
@@ -26,11 +26,18 @@ from qbrec.storage.artifact import Artifact, ArtifactStore
 ROOT = Path(__file__).parents[2]
 
 
-def evaluation(
-    root: Path, ranks: np.ndarray, *, catalog: str = "c", users: np.ndarray | None = None
-) -> Artifact:
+def catalogue(root: Path, *, histories: bytes = b"walks", features: bytes = b"features") -> Artifact:
+    writer = ArtifactStore(root).writer("catalog", "0" * 64)
+    writer.prepare()
+    writer.write_bytes("hashes.npy", b"items")
+    writer.write_bytes("histories-000000.tar", histories)
+    writer.write_bytes("items-000000.tar", features)
+    return writer.commit(meta={}, inputs={}, config={}, seed=0)
+
+
+def evaluation(root: Path, ranks: np.ndarray, *, users: np.ndarray | None = None) -> Artifact:
     store = ArtifactStore(root)
-    writer = store.writer("evaluation", f"{abs(hash((ranks.tobytes(), catalog))):064x}")
+    writer = store.writer("evaluation", f"{abs(hash(ranks.tobytes())):064x}")
     writer.prepare()
     users = np.arange(len(ranks)) if users is None else users
     table = pa.table(
@@ -44,7 +51,7 @@ def evaluation(
         }
     )
     pq.write_table(table, writer.path / "ranks.parquet")
-    return writer.commit(meta={}, inputs={"catalog": catalog}, config={}, seed=0)
+    return writer.commit(meta={}, inputs={}, config={}, seed=0)
 
 
 class TestFolder:
@@ -187,6 +194,7 @@ class TestChecks:
     def test_champion(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         base = rng.integers(1, 30, size=500)
+        shop = catalogue(tmp_path)
         champion = evaluation(tmp_path, base)
         order = rng.permutation(500)  # the order of rows must not matter
         same = evaluation(tmp_path / "same", base[order], users=order)
@@ -195,7 +203,8 @@ class TestChecks:
 
         def passed(challenger: Artifact, **loss: float) -> list[bool]:
             gate = GateConfig(max_loss={name.replace("_", "/", 1): x for name, x in loss.items()})
-            return [check.passed for check in check_champion(challenger, champion, gate=gate, seed=0)]
+            pair = Evaluated(challenger, shop), Evaluated(champion, shop)
+            return [check.passed for check in check_champion(*pair, gate=gate, seed=0)]
 
         small = {"ndcg@10": 0.002}
         assert passed(same, **small) == passed(better, **small) == [True]
@@ -232,18 +241,29 @@ class TestChecks:
             assert tail.mean == pytest.approx(gaps[1::2, column].mean())
             assert tail.num_users == 150
 
-    def test_other_users_or_catalogue(self, tmp_path: Path) -> None:
-        ranks = np.arange(1, 21)
-        champion = evaluation(tmp_path, ranks)
-        fewer = evaluation(tmp_path / "a", ranks[:10])
+    def test_other_users_or_histories(self, tmp_path: Path) -> None:
+        ranks, shop = np.arange(1, 21), catalogue(tmp_path)
+        champion = Evaluated(evaluation(tmp_path, ranks), shop)
+        fewer = Evaluated(evaluation(tmp_path / "a", ranks[:10]), shop)
         (check,) = check_champion(fewer, champion, gate=GateConfig(), seed=0)
         assert not check.passed
         assert "same users" in check.reason
-        other = evaluation(tmp_path / "b", ranks, catalog="d")
+        other = champion._replace(catalog=catalogue(tmp_path / "b", histories=b"others"))
         (check,) = check_champion(other, champion, gate=GateConfig(), seed=0)
         assert not check.passed
-        assert "gate.other_catalog: floors" in check.reason
+        assert "`other_catalog: floors` in the gate" in check.reason
         (check,) = check_champion(other, champion, gate=GateConfig(other_catalog="floors"), seed=0)
+        assert check.passed
+
+    def test_other_features_of_the_same_items_can_be_compared(self, tmp_path: Path) -> None:
+        ranks = np.arange(1, 21)
+        champion = Evaluated(evaluation(tmp_path, ranks), catalogue(tmp_path))
+        encoded = catalogue(tmp_path / "a", features=b"of another text encoder")
+        assert encoded.fingerprint != champion.catalog.fingerprint
+        (check,) = check_champion(
+            champion._replace(catalog=encoded), champion, gate=GateConfig(other_catalog="floors"), seed=0
+        )
+        assert check.name == "not worse than @champion in ndcg@10"
         assert check.passed
 
     def test_missing_column(self, tmp_path: Path) -> None:
@@ -251,9 +271,9 @@ class TestChecks:
         writer = store.writer("evaluation", "0" * 64)
         writer.prepare()
         pq.write_table(pa.table({"user": [1]}), writer.path / "ranks.parquet")
-        bad = writer.commit(meta={}, inputs={"catalog": "c"}, config={}, seed=0)
+        bad = writer.commit(meta={}, inputs={}, config={}, seed=0)
         with pytest.raises(DataError, match="qbrec_removed"):
-            check_champion(bad, bad, gate=GateConfig(), seed=0)
+            Comparison(bad, bad, seed=0)
 
 
 def test_lock_excludes(tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ def test_a_name_in_use_with_another_configuration_is_refused(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="in use with another configuration") as caught:
         RunRecord.own(_config(tmp_path, "fusion.depth=1"), resume="auto")
     assert caught.value.exit_code == 2
+    assert "fusion.depth is 3 there, 1 here" in caught.value.what
+    many = ("fusion.heads=2", "fusion.width=64", "sequence.width=32", "sequence.layers=1", "run.seed=7")
+    with pytest.raises(ConfigError, match="; and 1 more"):
+        RunRecord.own(_config(tmp_path, *many), resume="auto")
     # Where and how wide it runs does not make another run.
     RunRecord.own(_config(tmp_path, "compute.num_workers=7", "tracking.enabled=false"), resume="auto").close()
     # Nor does what a version must show before it may serve.
