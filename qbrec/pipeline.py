@@ -295,7 +295,7 @@ def report_of(config: RootConfig, artifacts: Mapping[str, Artifact]) -> Path:
     from qbrec.registry.describe import standing_of
     from qbrec.report.page import write_report
 
-    standing = standing_of(config, artifacts["evaluation"]) if "evaluation" in artifacts else None
+    standing = standing_of(config, artifacts) if "evaluation" in artifacts else None
     return write_report(config, run_directory(config), artifacts, standing=standing)
 
 

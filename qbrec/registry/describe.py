@@ -13,7 +13,7 @@ from qbrec.config import RootConfig
 from qbrec.errors import DataError, RegistryError
 from qbrec.ranking import METRICS
 from qbrec.registry.bundle import COLDSTART, COLDSTART_FILE
-from qbrec.registry.comparison import Comparison, same_hold_out
+from qbrec.registry.comparison import RANKS, Comparison, Evaluated, same_hold_out
 from qbrec.registry.fetch import FetchedBundle
 from qbrec.registry.judge import METRICS_FILE, QUALITY_FILE, evaluated
 from qbrec.registry.line import CHALLENGER, CHAMPION, Served, all_versions, read_served
@@ -126,25 +126,27 @@ def diff_versions(config: RootConfig, selector: str = CHALLENGER, against: str =
         }
 
 
-def standing_of(config: RootConfig, evaluation: Artifact) -> Standing | None:
+def standing_of(config: RootConfig, artifacts: Mapping[str, Artifact]) -> Standing | None:
     """How the model of a run stands in the registry, and to whom it is compared there.
 
     Args:
         config: Names the registry and the model; its run.seed is that of the bootstrap, as for the gate.
-        evaluation: The run's evaluation: a version belongs to the run if it was registered with this one.
+        artifacts: The run's `evaluation` (a version belongs to the run if it was registered with this one)
+            and the `catalog` that it is of.
 
     Returns:
         None where the run has no registry; where that does not answer, the problem.
     """
     if not (config.registry.enabled and config.tracking.enabled):
         return None
-    name = config.registry.model_name
+    name, ours = config.registry.model_name, Evaluated(artifacts["evaluation"], artifacts["catalog"])
     try:
         with registry_errors(config), tempfile.TemporaryDirectory(prefix="qbrec-standing-") as folder:
             client, _ = connect(config)
             served = read_served(client, name)
             versions = {str(one.version): one for one in all_versions(client, name)}
-            own = [n for n, one in versions.items() if one.tags.get(EVALUATION_TAG) == evaluation.fingerprint]
+            mark = ours.evaluation.fingerprint
+            own = [n for n, one in versions.items() if one.tags.get(EVALUATION_TAG) == mark]
             version = served.champion if served.champion in own else max(own, key=int, default=None)
             # Without a @champion nothing serves, whatever served once.
             line = served.line if served.champion is not None else ()
@@ -153,20 +155,20 @@ def standing_of(config: RootConfig, evaluation: Artifact) -> Standing | None:
             if other is not None:
                 bundle = FetchedBundle(config, other, folder=Path(folder))
                 found = Rival(other, versions[other].tags.get(RUN_TAG, ""), serves=other == served.champion)
-                rival = _compared_with(found, bundle, evaluation, seed=config.run.seed)
+                rival = _compared_with(found, bundle, ours, seed=config.run.seed)
             verdict = None if version is None else last(versions[version].tags)
             return Standing(name, version, served.champion in own, verdict, rival)
     except RegistryError as error:
         return Standing(name, problem=str(error))
 
 
-def _compared_with(rival: Rival, bundle: FetchedBundle, ours: Artifact, *, seed: int) -> Rival:
-    ours.file(RANKS)  # damaged, it is no matter of the other's
+def _compared_with(rival: Rival, bundle: FetchedBundle, ours: Evaluated, *, seed: int) -> Rival:
+    ours.evaluation.file(RANKS)  # damaged, it is no matter of the other's
     try:
-        theirs = bundle.part("evaluation", METRICS_FILE, RANKS)
-        assert theirs is not None, "every bundle has one"
+        theirs = evaluated(bundle)
         paired, problem = paired_with(ours, theirs, seed=seed)
-        return replace(rival, metrics=theirs.load_json(METRICS_FILE), paired=paired, problem=problem)
+        metrics = theirs.evaluation.load_json(METRICS_FILE)
+        return replace(rival, metrics=metrics, paired=paired, problem=problem)
     except DataError as error:
         return replace(rival, problem=f"its evaluation cannot be read: {error.what}")
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qbrec.ranking import METRICS
-from qbrec.registry.comparison import Comparison, Paired, same_catalogue
+from qbrec.registry.comparison import Comparison, Evaluated, Paired, same_hold_out
 from qbrec.registry.metrics import HEADLINE
-from qbrec.storage.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,11 @@ class Standing:
     problem: str = ""
 
 
-def paired_with(ours: Artifact, theirs: Artifact, *, seed: int) -> tuple[dict[str, Paired], str]:
+def paired_with(ours: Evaluated, theirs: Evaluated, *, seed: int) -> tuple[dict[str, Paired], str]:
     """Differences of two evaluations, or why there are none.
 
     Args:
-        ours: Evaluation artifact.
+        ours: Of the run.
         theirs: Of the version that it is compared with.
         seed: Of the bootstrap.
 
@@ -69,9 +68,9 @@ def paired_with(ours: Artifact, theirs: Artifact, *, seed: int) -> tuple[dict[st
     Raises:
         DataError: One of them is damaged.
     """
-    if not same_catalogue(ours, theirs):
-        return {}, "it was evaluated on another catalogue, so users cannot be paired"
-    comparison = Comparison(ours, theirs, seed=seed)
+    if not same_hold_out(ours.catalog, theirs.catalog):
+        return {}, "it was evaluated on other items or histories, so users cannot be paired"
+    comparison = Comparison(ours.evaluation, theirs.evaluation, seed=seed)
     if comparison.problem:
         return {}, comparison.problem
     names = [*METRICS, *(f"{part}/{HEADLINE}" for part in comparison.slices)]

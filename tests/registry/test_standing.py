@@ -19,7 +19,7 @@ from tests.support.registry_run import registry_run
 
 
 def standing(registry: Registry, version: str) -> Standing:
-    found = standing_of(registry.config, registry.runs[version].artifacts["evaluation"])
+    found = standing_of(registry.config, registry.runs[version].artifacts)
     assert found is not None
     return found
 
@@ -75,12 +75,12 @@ def test_a_refusal_is_told(registry: Registry) -> None:
 
 def test_a_run_that_is_not_registered_and_has_other_data(registry: Registry, tmp_path: Path) -> None:
     promoted(registry, "1")
-    other = registry_run(tmp_path / "other", seed=7, shop=1).artifacts["evaluation"]
+    other = registry_run(tmp_path / "other", seed=7, shop=1).artifacts
     found = standing_of(registry.config, other)
     assert found is not None
     assert found.version is None
     assert found.rival is not None
-    assert "another catalogue" in found.rival.problem
+    assert "other items or histories" in found.rival.problem
     assert not found.rival.paired
 
 
@@ -92,12 +92,12 @@ def test_a_damaged_champion_is_named(registry: Registry) -> None:
 
 
 def test_no_registry_is_no_error(registry: Registry) -> None:
-    evaluation = registry.run.artifacts["evaluation"]
+    artifacts = registry.run.artifacts
     for section in ("registry", "tracking"):
         off = getattr(registry.config, section).model_copy(update={"enabled": False})
-        assert standing_of(registry.config.model_copy(update={section: off}), evaluation) is None
+        assert standing_of(registry.config.model_copy(update={section: off}), artifacts) is None
     away = registry.config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})
-    found = standing_of(registry.config.model_copy(update={"tracking": away}), evaluation)
+    found = standing_of(registry.config.model_copy(update={"tracking": away}), artifacts)
     assert found is not None
     assert "cannot be reached" in found.problem
     assert found.version is None

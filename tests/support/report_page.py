@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from qbrec.config import parse_config
+from qbrec.registry.comparison import Evaluated
 from qbrec.registry.standing import Rival, Standing, paired_with
 from qbrec.report import write_report
 from qbrec.storage.catalog_view import CatalogView
@@ -64,7 +65,10 @@ def pictured_run(folder: Path) -> TinyRun:
 
 def judged(run: TinyRun) -> Standing:
     """Version 12, let pass by a gate, beside another training that serves."""
-    ours, theirs = (one.artifacts["evaluation"] for one in (run, retrained(run, seed=4)))
+    ours, theirs = (
+        Evaluated(one.artifacts["evaluation"], one.artifacts["catalog"])
+        for one in (run, retrained(run, seed=4))
+    )
     paired, problem = paired_with(ours, theirs, seed=0)
     reason = "difference +0.0123 (-0.0001 … +0.0250) on 200 users, lower end must be ≥ -0.0020"
     verdict = {
@@ -75,7 +79,7 @@ def judged(run: TinyRun) -> Standing:
         "passed": True,
         "checks": [{"name": "not worse than @champion in ndcg@10", "passed": True, "reason": reason}],
     }
-    rival = Rival("11", "last-month", True, theirs.load_json("metrics.json"), paired, problem)
+    rival = Rival("11", "last-month", True, theirs.evaluation.load_json("metrics.json"), paired, problem)
     return Standing("qbrec", "12", serves=False, verdict=verdict, rival=rival)
 
 
