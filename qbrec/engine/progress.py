@@ -90,9 +90,12 @@ class Progress:
         if self._note:
             draw_line(self._note, final=True)
             self._note = ""
-        if final or now - self._drawn > (_TERMINAL_PERIOD_S if sys.stderr.isatty() else _LOG_PERIOD_S):
+        in_place = sys.stderr.isatty()
+        # In a log the end is told once, by `close`: what comes after the last unit takes time as well.
+        due = self.done < self.total or in_place
+        if final or (due and now - self._drawn > (_TERMINAL_PERIOD_S if in_place else _LOG_PERIOD_S)):
             line = self.line()
-            if line != self._shown or sys.stderr.isatty():
+            if line != self._shown or in_place:
                 draw_line(line, final=final)
             self._drawn, self._shown = now, line
 

@@ -45,3 +45,14 @@ def test_the_driver_hears_of_every_start(tmp_path: Path, capfd: pytest.CaptureFi
 def test_nothing_to_do_is_all_done() -> None:
     """A rank that has no shard of its own embeds nothing."""
     assert "100%" in Progress(0, "embed items", silent=True).line()
+
+
+def test_a_log_is_told_of_the_end_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qbrec.engine.progress._LOG_PERIOD_S", 0.0)
+    with Progress(2, "embed items") as progress:
+        progress.update(1)
+        progress.update(1)
+        progress.update(0)
+    assert re.findall(r"(\d+)%", capfd.readouterr().err) == ["50", "100"]
