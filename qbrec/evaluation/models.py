@@ -83,7 +83,9 @@ def _ours(
 
 def _itemknn(ctx: StageContext, histories: Histories, *, allowed: NDArray[np.bool_]) -> ItemKNN:
     training = histories.rows.prefix(np.asarray(histories.cut)[:, 0])
-    progress = ctx.progress(min(len(validation_users(histories)), TUNING_USERS), "tune ItemKNN on validation")
+    progress = ctx.progress(
+        min(len(validation_users(histories.cut)), TUNING_USERS), "tune ItemKNN on validation"
+    )
     knn = ItemKNN.fit(training, num_items=len(allowed)).tuned(
         histories, allowed=allowed, seed=ctx.sub_seed("evaluation/itemknn"), on_batch=progress.update
     )

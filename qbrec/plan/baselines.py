@@ -12,7 +12,7 @@ from qbrec.plan.disk import checkpoint_files
 from qbrec.plan.memory import FLOAT, RankMemory, add_training, precise
 from qbrec.plan.parameters import Parameters
 from qbrec.plan.scenario import Lengths, Resolved, Scenario, sequence_lengths
-from qbrec.plan.stages import INT64, STEPS_AHEAD, Dealt, StagePlan, add_validation, history_rate
+from qbrec.plan.stages import INT64, STEPS_AHEAD, Dealt, StagePlan, add_scores, add_validation, history_rate
 from qbrec.plan.work import FORWARD_AND_BACKWARD
 
 
@@ -102,7 +102,8 @@ def baseline_plan(name: str, config: RootConfig, scenario: Scenario, resolved: R
         micro_steps=dealt.micro_steps,
     )
     memory.host.keep("batches read ahead", STEPS_AHEAD * dealt.micro_steps * 2 * INT64 * largest.items)
-    add_validation(memory, config, scenario)
+    add_scores(memory, config, scenario)
+    add_validation(memory, scenario, most=settings.validation_users)
     disk = {
         "network": FLOAT * parameters.total,
         "numbers of items": INT64 * scenario.items,

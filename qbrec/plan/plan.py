@@ -103,6 +103,8 @@ _MENDS = {
     "histories of all users": "no key changes that: fewer ranks or more memory per machine, or fewer users",
     "their parts, before they are joined": "no key changes that: fewer ranks or more memory per machine, or "
     "fewer users",
+    "histories of validation users": "lower {drawn}.validation_users (0: all of them)",
+    "item graphs, at most": "lower ranking.neighbours or ranking.alike (0: none)",
     "singular vectors": "lower fusion.behaviour_dim (0: no behaviour view)",
     "co-occurrence, at most": "lower fusion.behaviour_interactions or fusion.behaviour_window",
     "occurrences of items": "use more ranks",
@@ -141,7 +143,8 @@ def _mend(stage: str, parts: dict[str, int], config: RootConfig) -> tuple[str, s
         beside = f" or baselines.{stage}.candidates"
     elif config.sequence.item_weight > 0:
         beside = " or sequence.candidates"
-    mend = _MENDS[name].format(train=train, width=width, beside=beside)
+    drawn = f"baselines.{stage}" if stage in BASELINES else "sequence"
+    mend = _MENDS[name].format(train=train, width=width, beside=beside, drawn=drawn)
     if stage in BASELINES:
         mend += f"; or leave {stage} out of evaluation.baselines"
     return f"{name} {parts[name] / GIB:,.1f} GiB", mend

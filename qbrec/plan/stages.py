@@ -189,6 +189,7 @@ def sequence_plan(name: str, config: RootConfig, scenario: Scenario, resolved: R
     )
     memory.host.keep("batches read ahead", STEPS_AHEAD * dealt.micro_steps * INT64 * largest.items)
     _ranking(memory, config, scenario, levels)
+    add_validation(memory, scenario, most=sequence.validation_users)
     if tuning:
         _graphs(memory, config, scenario)
     disk = {
@@ -224,7 +225,7 @@ def read_levels(config: RootConfig, scenario: Scenario, resolved: Resolved) -> t
 
 
 def _ranking(memory: RankMemory, config: RootConfig, scenario: Scenario, levels: tuple[int, ...]) -> None:
-    """What every rank holds to score users by semantic IDs while it trains."""
+    """What every rank holds to score users by semantic IDs."""
     items, depth = scenario.items, len(levels)
     kind = code_dtype(levels)
     narrow = items * depth * (kind.itemsize if kind.itemsize <= 2 else FLOAT)
@@ -233,20 +234,31 @@ def _ranking(memory: RankMemory, config: RootConfig, scenario: Scenario, levels:
         memory.host.keep("codes and item codes", kind.itemsize * items * depth)
     memory.device.during("evaluation", "id table of the scorer", narrow + FLOAT * items * depth)
     memory.host.during("evaluation", "codes of the scorer", FLOAT * items * depth)
-    add_validation(memory, config, scenario)
+    add_scores(memory, config, scenario)
 
 
-def add_validation(memory: RankMemory, config: RootConfig, scenario: Scenario) -> None:
-    """What every rank holds to rank validation targets over the whole catalogue while it trains."""
+def add_scores(memory: RankMemory, config: RootConfig, scenario: Scenario) -> None:
+    """What every rank holds to rank targets over the whole catalogue."""
     items = scenario.items
     memory.host.keep("candidates and order of items", items * (INT64 + INT64 + 1))
-    interactions = scenario.users * scenario.interactions
-    memory.host.keep("histories of all users", 2 * INT64 * interactions + scenario.users * (4 * INT64 + 9))
-    memory.host.during("reading histories", "their parts, before they are joined", 2 * INT64 * interactions)
     if memory.on_gpu:
         memory.device.during("forward and backward", "candidates", INT64 * items)
     scored = batch_rows(config.evaluation.batch_users, items) * items
     memory.device.during("evaluation", "scores", scored * (FLOAT + (3 if memory.on_gpu else 0)))
+
+
+def add_validation(memory: RankMemory, scenario: Scenario, *, most: int) -> None:
+    """The histories of validation users (`most`; 0: all), on every rank while it trains."""
+    drawn = min(scenario.users, most or scenario.users)
+    memory.host.keep("histories of validation users", _history_bytes(scenario, users=drawn))
+    # Domain and number, where validation and test begin (twice), and who has a target.
+    begin = scenario.users * (1 + INT64 + 2 * INT64 + INT64)
+    memory.host.during("drawing validation users", "where parts of all histories begin", begin)
+
+
+def _history_bytes(scenario: Scenario, *, users: int) -> float:
+    """Rows and times, and what there is once per user: number, domain, parts, two offsets."""
+    return users * (2 * INT64 * scenario.interactions + 4 * INT64 + 1)
 
 
 def evaluation_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) -> StagePlan:
@@ -254,6 +266,9 @@ def evaluation_plan(config: RootConfig, scenario: Scenario, resolved: Resolved) 
     on_gpu = scenario.gpu is not None
     memory = RankMemory.start(on_gpu=on_gpu)
     _ranking(memory, config, scenario, read_levels(config, scenario, resolved))
+    memory.host.keep("histories of all users", _history_bytes(scenario, users=scenario.users))
+    parts = 2 * INT64 * scenario.users * scenario.interactions
+    memory.host.during("reading histories", "their parts, before they are joined", parts)
     _graphs(memory, config, scenario)
     users = min(scenario.users, config.evaluation.max_users or scenario.users)
     models = 1 + bool(config.ranking.neighbours) + len(config.evaluation.baselines)

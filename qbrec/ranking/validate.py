@@ -14,7 +14,7 @@ from qbrec.engine.context import StageContext
 from qbrec.ranking.metrics import METRICS, metrics_of_ranks
 from qbrec.ranking.scorer import Scorer
 from qbrec.ranking.topk import target_ranks, tie_rank
-from qbrec.storage.catalog_view import CatalogView
+from qbrec.storage.catalog_view import CatalogView, Histories
 from qbrec.storage.ragged import Ragged
 
 # Scores of one batch stay below this many floats, whatever the catalogue and the batch size asked for.
@@ -45,9 +45,8 @@ def batch_rows(batch_users: int, num_items: int) -> int:
     return max(1, min(batch_users, MAX_SCORES // max(num_items, 1)))
 
 
-def validation_users(histories: HistoriesLike) -> NDArray[np.int64]:
-    """Users with a validation target and something before it, ascending."""
-    cut = np.asarray(histories.cut)
+def validation_users(cut: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Users with a validation target and something before it, ascending; `cut` is that of their histories."""
     return np.flatnonzero((cut[:, 0] >= 1) & (cut[:, 0] < cut[:, 1])).astype(np.int64)
 
 
@@ -99,7 +98,20 @@ def drawn(users: NDArray[np.int64], *, max_users: int, seed: int) -> NDArray[np.
 
 def drawn_users(histories: HistoriesLike, *, max_users: int, seed: int) -> NDArray[np.int64]:
     """Users with a validation target, or `max_users` (0: all) of them drawn at random; ascending."""
-    return drawn(validation_users(histories), max_users=max_users, seed=seed)
+    return drawn(validation_users(histories.cut), max_users=max_users, seed=seed)
+
+
+def drawn_histories(catalog: CatalogView, domain: str, *, max_users: int, seed: int) -> Histories:
+    """Histories of `drawn_users` of a domain, in their order: each has a validation target.
+
+    Of all others no more is read than where their parts begin: ranks that validate while they train need not
+    hold every history.
+
+    Raises:
+        DataError: There is no such domain, or a file of the catalogue is damaged.
+    """
+    stored, cut = catalog.load_cuts(domain)
+    return catalog.histories_of(stored[drawn(validation_users(cut), max_users=max_users, seed=seed)])
 
 
 def validation_metrics(
@@ -180,7 +192,8 @@ def validator(
     Raises:
         DataError: A file of the catalogue is damaged.
     """
-    histories, allowed = catalog.load_histories(domain), catalog.candidates(domain)
+    histories = drawn_histories(catalog, domain, max_users=max_users, seed=seed)
+    allowed = catalog.candidates(domain)
     ties = tie_rank(np.asarray(catalog.train_counts))
 
     def evaluate(module: nn.Module) -> dict[str, float]:
@@ -189,8 +202,6 @@ def validator(
             histories,
             tie_rank=ties,
             allowed=allowed,
-            max_users=max_users,
-            seed=seed,
             batch_users=batch_users,
             rank=ctx.rank,
             world=ctx.world,

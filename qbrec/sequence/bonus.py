@@ -16,7 +16,7 @@ from qbrec.ranking.bonus import Bonus, BonusScorer, tune_bonus
 from qbrec.ranking.graphs import ItemGraphs
 from qbrec.ranking.scorer import FactorisedScorer, Scorer
 from qbrec.ranking.topk import tie_rank
-from qbrec.ranking.validate import batch_rows, contexts_and_targets, drawn_users
+from qbrec.ranking.validate import batch_rows, contexts_and_targets, drawn_histories
 from qbrec.sequence.recommender import SequenceRecommender
 from qbrec.storage.artifact import Artifact, ArtifactWriter
 from qbrec.storage.catalog_view import CatalogView
@@ -41,10 +41,10 @@ def fit_bonus(
         The bonus, and NDCG@10 by share of it added.
     """
     target = config.data.target_domain
-    histories = catalog.load_histories(target)
     most = min(config.sequence.validation_users or MOST_USERS, MOST_USERS)
-    users = drawn_users(histories, max_users=most, seed=ctx.sub_seed("sequence/validation"))
-    mine = users[ctx.rank :: ctx.world]
+    seed = ctx.sub_seed("sequence/validation")
+    histories = drawn_histories(catalog, target, max_users=most, seed=seed)
+    mine = np.arange(len(histories))[ctx.rank :: ctx.world]
     step = batch_rows(config.evaluation.batch_users, catalog.num_items)
     batches = []
     for begin in range(0, len(mine), step):

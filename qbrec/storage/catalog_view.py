@@ -212,6 +212,26 @@ class CatalogView(DomainRows):
         mine = np.flatnonzero(numbers == self.domain_number(domain))
         return Histories(user[mine], numbers[mine], rows.take(mine), times.take(mine), cut[mine])
 
+    def load_cuts(self, domain: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Of a domain's histories which ones of all they are, int64 [U], and their `cut`, int32 [U, 2].
+
+        Raises:
+            DataError: There is no such domain.
+        """
+        blocks = self.histories()
+        stored = np.flatnonzero(blocks.column("domain") == self.domain_number(domain))
+        return stored, blocks.column("cut")[stored]
+
+    def histories_of(self, stored: NDArray[np.int64]) -> Histories:
+        """Some of all histories, in memory; nothing of the others is read.
+
+        Args:
+            stored: Which ones, int64 [U].
+        """
+        row, time = RaggedField("row", offsets="offset"), RaggedField("time", offsets="offset")
+        found: dict[str, Any] = self.histories().take(stored, ["user", "domain", row, time, "cut"])
+        return Histories(found["user"], found["domain"], found["row"], found["time"], found["cut"])
+
     def load_training(self, domain: str) -> Ragged:
         """Item rows of the training parts of one domain's histories, in memory; the other users have none.
 

@@ -373,10 +373,13 @@ def test_what_does_not_fit_is_said_with_the_key_that_mends_it() -> None:
     plan = make_plan(config, scenario(world=1, per_machine=1))
     (warning,) = [w for w in plan.warnings if w.startswith("fusion") and "of a h100" in w]
     assert "fusion.id_embedding=shared" in warning
-    assert any(
-        "histories of all users" in w and "pretrain" in w
-        for w in make_plan(RootConfig(), scenario()).warnings
-    )
+    graphs = make_plan(RootConfig(), scenario(items=100_000_000)).warnings
+    assert any(w.startswith("finetune") and "lower ranking.neighbours" in w for w in graphs)
+    alone = parse_config({"ranking": {"neighbours": 0, "alike": 0}})
+    warnings = make_plan(alone, scenario(users=1_000_000_000)).warnings
+    assert any(w.startswith("evaluation") and "histories of all users" in w for w in warnings)
+    # While they train, ranks hold those of the validation users alone.
+    assert not any(w.startswith(("pretrain", "sasrec")) and "histories" in w for w in warnings)
     assert any(
         "2 of 64 ranks" in w and "fusion.train.batch_size" in w
         for w in make_plan(RootConfig(), scenario()).warnings

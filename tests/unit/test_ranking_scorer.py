@@ -110,7 +110,7 @@ def test_who_has_a_target() -> None:
     data = histories_of(
         [[1, 2, 3], [1, 2], [4, 5], [1, 2, 3, 4], [1, 2, 3]], [(1, 2), (2, 2), (0, 1), (2, 2), (0, 0)]
     )
-    assert validation_users(data).tolist() == [0]
+    assert validation_users(data.cut).tolist() == [0]
     assert users_with_test(data).tolist() == [0, 2, 3]
     contexts, targets = contexts_and_targets(data, np.array([3, 0]), part=1)
     assert [contexts.row(i).tolist() for i in range(2)] == [[1, 2], [1, 2]]
