@@ -16,6 +16,7 @@ from qbrec.engine.launch import process_group
 from qbrec.errors import DataError
 from qbrec.evaluation.stage import run as evaluate
 from qbrec.ranking.scorer import FactorisedScorer
+from qbrec.ranking.validate import drawn_histories, drawn_users
 from qbrec.sequence import stage
 from qbrec.sequence.encoder import SequenceEncoder
 from qbrec.sequence.item_codes import ItemCodes, codes_read
@@ -149,6 +150,22 @@ def test_training_reads_no_validation_or_test_item(trained: dict[str, Artifact],
     assert sorted(read) == np.flatnonzero(histories.cut[:, 0] >= 2).tolist()
     for user, rows in read.items():
         np.testing.assert_array_equal(rows, histories.rows.row(user)[: histories.cut[user, 0]])
+
+
+@pytest.mark.parametrize("most", [0, 7])
+def test_validation_reads_the_users_it_draws_and_no_others(trained: dict[str, Artifact], most: int) -> None:
+    catalog = CatalogView(trained["catalog"])
+    whole = catalog.load_histories("games")
+    users = drawn_users(whole, max_users=most, seed=3)
+    found = drawn_histories(catalog, "games", max_users=most, seed=3)
+    assert len(found) == (most or len(users)) == len(users)
+    np.testing.assert_array_equal(found.user, whole.user[users])
+    np.testing.assert_array_equal(found.domain, whole.domain[users])
+    np.testing.assert_array_equal(found.cut, whole.cut[users])
+    for name in ("rows", "times"):
+        there, here = getattr(whole, name).take(users), getattr(found, name)
+        np.testing.assert_array_equal(here.values, there.values)
+        np.testing.assert_array_equal(here.offsets, there.offsets)
 
 
 def test_a_domain_without_histories_says_so(trained: dict[str, Artifact], tmp_path: Path) -> None:
