@@ -150,6 +150,7 @@ down() {
             done
         fi
         rm -f "$file"
+        echo "node $(basename "$file" .pid | tr -d n) is down"
     done
     rm -f "$DIR/token" "$DIR/port"
 }

@@ -84,7 +84,7 @@ class Progress:
             if final or now - self._drawn > _FILE_PERIOD_S:
                 self._drawn = now
                 state = {"line": self.line(), "final": final, "label": self.label}
-                state |= {"note": self._note, "start": self._start}
+                state |= {"note": self._note, "start": self._start, "over": self.done >= self.total}
                 write_atomic(self._file, json.dumps(state).encode())
             return
         if self._note:
@@ -179,7 +179,9 @@ class ProgressWatcher:
                 start, shown = state["start"], ""
                 if state["note"]:
                     draw_line(state["note"], final=True)
-            if state and state["line"] != shown:
+            # As `Progress` itself: a log is told of the end once.
+            due = state and (state["final"] or stopping or not state["over"] or sys.stderr.isatty())
+            if state and due and state["line"] != shown:
                 shown = state["line"]
                 draw_line(shown, final=state["final"] or stopping)
             if stopping:

@@ -48,6 +48,13 @@ class Ask(BaseModel):
     categories: list[str] | None = Field(default=None, max_length=MAX_CATEGORIES)
 
 
+_FIXES = {
+    "k": "send a whole number of items, 1 or more, or leave k out",
+    "keep_seen": "send true or false, or leave keep_seen out",
+    "categories": f"send a list of at most {MAX_CATEGORIES} category names, or leave categories out",
+}
+
+
 class Observer(Protocol):
     """Is told what happens, for metrics."""
 
@@ -166,9 +173,8 @@ class Api:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             status = 400 if first["type"] == "json_invalid" else 422
             where = ".".join(str(part) for part in first["loc"]) or "body"
-            raise _Refused(
-                status, first["msg"], where=where, fix='send {"histories": [["item id", …], …]}'
-            ) from None
+            fix = _FIXES.get(where.partition(".")[0], 'send {"histories": [["item id", …], …]}')
+            raise _Refused(status, first["msg"], where=where, fix=fix) from None
         limits = self._limits
         longest = max(len(history) for history in ask.histories)
         for name, found, most in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -289,7 +290,7 @@ class Tracker:
             self._warned = True
             logger.warning(
                 "%s; the run goes on, nothing is lost: it is sent later, or by `qbrec track --config …` (%s)",
-                reason.splitlines()[0][:300],
+                textwrap.shorten(reason.splitlines()[0], 300, placeholder=" …"),
                 self._run_dir,
             )
 

@@ -31,15 +31,30 @@ def test_work_that_goes_on_says_from_where(capfd: pytest.CaptureFixture[str]) ->
 
 def test_the_driver_hears_of_every_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also where a worker that was started again goes on from the same checkpoint as before."""
-    file = tmp_path / "fusion.json"
-    with ProgressWatcher(file, period_s=0.05):
-        for done in (0, 4, 4, 0):
+    file, shown = tmp_path / "fusion.json", ""
+    with ProgressWatcher(file, period_s=0.02):
+        for start, done in enumerate((0, 4, 4, 0)):
             with Progress(10, "fusion", file=file, done=done) as progress:
-                progress.update(1)
-            time.sleep(0.3)
-    shown = capfd.readouterr().err
+                progress.update(1, start=f"no. {start}")
+            deadline = time.monotonic() + 60
+            while f"no. {start}" not in shown:
+                assert time.monotonic() < deadline, shown
+                shown += capfd.readouterr().err
+                time.sleep(0.01)
     assert re.findall(r"goes on from (\d+) of 10", shown) == ["4", "4"]
-    assert shown.count("%") == 4
+
+
+def test_the_driver_draws_the_end_once_in_a_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file, shown = tmp_path / "fusion.json", ""
+    with ProgressWatcher(file, period_s=0.01), Progress(2, "fusion", file=file) as progress:
+        progress.update(1)
+        while "50%" not in shown:
+            shown += capfd.readouterr().err
+        time.sleep(0.6)  # the file is written twice a second
+        progress.update(1)
+        time.sleep(0.6)
+    shown += capfd.readouterr().err
+    assert re.findall(r"(\d+)%", shown) == ["50", "100"]
 
 
 def test_nothing_to_do_is_all_done() -> None:

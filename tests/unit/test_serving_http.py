@@ -109,6 +109,15 @@ def test_alive_first_ready_with_a_model(model: Recommender) -> None:
         }  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "value"), [("k", 0), ("keep_seen", "yes"), ("categories", "Lamps")])
+def test_the_fix_is_that_of_the_field(model: Recommender, name: str, value: Any) -> None:
+    with service(model) as it:
+        answer = it.recommend(HISTORIES, **{name: value})
+        assert answer.status == 422
+        assert f"leave {name} out" in answer.body["error"]["fix"]
+        assert answer.body["error"]["where"] == name
+
+
 def test_lists_are_the_recommenders(model: Recommender) -> None:
     with service(model) as it:
         answer = it.recommend(HISTORIES, k=5)
