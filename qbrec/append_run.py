@@ -61,7 +61,7 @@ def append_generation(config: RootConfig, request: Request, *, say: Say, warn: S
         LaunchError: Another process has the run, or Ray fails.
     """
     run_dir = run_directory(config)
-    if "path" not in RunRecord.load(run_dir).stages.get("catalog", {}):
+    if "catalog" not in RunRecord.load(run_dir).stages:
         raise DataError(
             "the run has no finished catalogue yet",
             where=str(run_dir),
@@ -107,7 +107,7 @@ def bring_to_models(
         ConfigError: Policy `digit`, and an ID has no digit left.
         DataError: An artifact is damaged, or a fused vector is not finite.
     """
-    if "path" not in record.stages.get("catalog", {}):
+    if "catalog" not in record.stages:
         return [], ""
     catalog = store.open(record.stages["catalog"]["path"])
     noted = noted_generations(record, store, catalog)
@@ -189,13 +189,13 @@ def _models(record: RunRecord, store: ArtifactStore, catalog: Artifact) -> dict[
     """Fusion, quantizer and, if they are there, item graphs of the run's catalogue; or what is missing."""
     found = {"catalog": catalog}
     for stage in ("fusion", "quantizer"):
-        if "path" not in record.stages.get(stage, {}):
+        if stage not in record.stages:
             return f"the run has no finished {stage} yet"
         artifact = store.open(record.stages[stage]["path"])
         if any(artifact.inputs.get(name) != found[name].fingerprint for name in found):
             return f"the run's {stage} was made before its catalogue was built anew"
         found[stage] = artifact
-    if "path" in record.stages.get("neighbours", {}):
+    if "neighbours" in record.stages:
         graphs = store.open(record.stages["neighbours"]["path"])
         if graphs.inputs == _prints(found):  # else older ones: the next `qbrec run` makes them anew
             found["neighbours"] = graphs

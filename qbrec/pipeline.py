@@ -128,15 +128,11 @@ class Pipeline:
                 self._forget_copies(stage.name)
                 say(f"✓ {stage.name:<11} up to date  {_short(found.path)}")
                 self.tracker.reused(stage.name, found)
-                self.record.stages.setdefault(stage.name, {"seconds": 0.0})
-                if self.record.stages[stage.name].get("key") != key:
-                    self.record.stages[stage.name]["seconds"] = 0.0
         else:
             found = self._run(stage, key, inputs)
         self.artifacts[stage.name] = found
         if self._main:
-            self.record.stages[stage.name] |= {"key": key, "path": str(found.path)}
-            self.record.save()
+            self.record.complete(stage.name, key=key, path=found.path)
             if stage.name == "catalog":
                 self.tracker.dataset(found)
         if stage.gate is not None:
@@ -283,7 +279,7 @@ def finished_artifacts(config: RootConfig) -> dict[str, Artifact]:
     if not record.stages:
         raise DataError("there is no such run yet", where=str(path), fix="`qbrec run --config …` makes it")
     store = ArtifactStore(Path(config.run.storage).resolve())
-    return {name: store.open(stage["path"]) for name, stage in record.stages.items() if "path" in stage}
+    return {name: store.open(stage["path"]) for name, stage in record.stages.items()}
 
 
 def report_of(config: RootConfig, artifacts: Mapping[str, Artifact]) -> Path:
@@ -295,7 +291,10 @@ def report_of(config: RootConfig, artifacts: Mapping[str, Artifact]) -> Path:
     from qbrec.registry.describe import standing_of
     from qbrec.report.page import write_report
 
-    standing = standing_of(config, artifacts) if "evaluation" in artifacts else None
+    catalog, evaluation = artifacts.get("catalog"), artifacts.get("evaluation")
+    standing = None
+    if catalog is not None and evaluation is not None:
+        standing = standing_of(config, evaluation=evaluation, catalog=catalog)
     return write_report(config, run_directory(config), artifacts, standing=standing)
 
 

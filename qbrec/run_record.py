@@ -30,8 +30,8 @@ class RunRecord:
 
     Attributes:
         path: The run's directory.
-        stages: Stage → {"key", "path", "seconds"} of every stage brought up to date; without a path where it
-            has only been begun.
+        stages: Stage → {"key", "path", "seconds"} of every stage brought up to date.
+        attempts: Stage → {"key", "seconds"} of stages that were begun and are not up to date yet.
         owner: Mark of this process, also in the run's directory: an earlier one's workers see they are late.
         extra: Further facts, such as the registered version.
     """
@@ -39,6 +39,7 @@ class RunRecord:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stages: dict[str, dict[str, Any]] = {}
+        self.attempts: dict[str, dict[str, Any]] = {}
         self.extra: dict[str, Any] = {}
         self.digest = ""
         self.owner = ""
@@ -52,7 +53,7 @@ class RunRecord:
         if file.is_file():
             document = json.loads(file.read_text(encoding="utf-8"))
             record.stages, record.extra = document["stages"], document["extra"]
-            record.digest = document["digest"]
+            record.attempts, record.digest = document.get("attempts", {}), document["digest"]
         return record
 
     @classmethod
@@ -107,19 +108,37 @@ class RunRecord:
 
     @contextmanager
     def timed(self, stage: str, key: str) -> Iterator[None]:
-        """Note the seconds of a stage, however the block ends; those of attempts cut off before count too."""
-        earlier = self.stages.get(stage, {})
-        spent = earlier.get("seconds", 0.0) if earlier.get("key") == key and "path" not in earlier else 0.0
+        """Note the seconds of an attempt, however the block ends; those cut off before it count too."""
+        earlier = self.attempts.get(stage, {})
+        spent = earlier["seconds"] if earlier.get("key") == key else 0.0
         start = time.monotonic()
         try:
             yield
         finally:
-            self.stages[stage] = {"key": key, "seconds": round(spent + time.monotonic() - start, 1)}
+            self.attempts[stage] = {"key": key, "seconds": round(spent + time.monotonic() - start, 1)}
             self.save()
+
+    def complete(self, stage: str, *, key: str, path: Path) -> None:
+        """A stage is up to date: made by the attempts noted, or found as it was.
+
+        Args:
+            stage: Which one.
+            key: Of its artifact.
+            path: Where that lies.
+        """
+        attempt, before = self.attempts.pop(stage, {}), self.stages.get(stage, {})
+        made = next((one for one in (attempt, before) if one.get("key") == key), {})
+        self.stages[stage] = {"key": key, "path": str(path), "seconds": made.get("seconds", 0.0)}
+        self.save()
 
     def save(self) -> None:
         """Write run.json."""
-        document = {"digest": self.digest, "stages": self.stages, "extra": self.extra}
+        document = {
+            "digest": self.digest,
+            "stages": self.stages,
+            "attempts": self.attempts,
+            "extra": self.extra,
+        }
         write_atomic(self.path / "run.json", json.dumps(document, indent=1, sort_keys=True).encode())
 
     def close(self) -> None:

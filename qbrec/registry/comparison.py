@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +35,18 @@ _SLICE = "in_"
 _FEW = 1000  # different values up to which resamples are drawn as counts of the values
 
 
-class Evaluated(NamedTuple):
-    """An evaluation and the catalogue whose users it ranked for; of that one the manifest is enough."""
+@dataclass(frozen=True)
+class Evaluated:
+    """What a version, or a run, can be compared by.
+
+    Attributes:
+        evaluation: Its evaluation.
+        open_catalog: Opens the catalogue whose users it ranked for (of that one the manifest is enough); a
+            `DataError` where it cannot be had.
+    """
 
     evaluation: Artifact
-    catalog: Artifact
+    open_catalog: Callable[[], Artifact]
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,15 @@ class Comparison:
         return paired_interval(differences, seed=self._seed)
 
 
-def same_hold_out(ours: Artifact, theirs: Artifact) -> bool:
-    """Whether two catalogues have the same items, users and histories: their numbers mean the same."""
-    return _hold_out(ours) == _hold_out(theirs)
+def same_hold_out(ours: Evaluated, theirs: Evaluated) -> bool:
+    """Whether two evaluations are of the same items, users and histories: their numbers mean the same.
+
+    Raises:
+        DataError: They are of two catalogues, and one of these cannot be opened.
+    """
+    if ours.evaluation.inputs["catalog"] == theirs.evaluation.inputs["catalog"]:
+        return True
+    return _hold_out(ours.open_catalog()) == _hold_out(theirs.open_catalog())
 
 
 def check_champion(
@@ -121,7 +133,7 @@ def check_champion(
     Raises:
         DataError: One of them is damaged.
     """
-    if not same_hold_out(challenger.catalog, champion.catalog):
+    if not same_hold_out(challenger, champion):
         what = "the champion was evaluated on other items or histories, so users cannot be paired"
         return (without_comparison(what, key="other_catalog", passed=gate.other_catalog == "floors"),)
     comparison = Comparison(challenger.evaluation, champion.evaluation, seed=seed)

@@ -126,27 +126,27 @@ def diff_versions(config: RootConfig, selector: str = CHALLENGER, against: str =
         }
 
 
-def standing_of(config: RootConfig, artifacts: Mapping[str, Artifact]) -> Standing | None:
+def standing_of(config: RootConfig, *, evaluation: Artifact, catalog: Artifact) -> Standing | None:
     """How the model of a run stands in the registry, and to whom it is compared there.
 
     Args:
         config: Names the registry and the model; its run.seed is that of the bootstrap, as for the gate.
-        artifacts: The run's `evaluation` (a version belongs to the run if it was registered with this one)
-            and the `catalog` that it is of.
+        evaluation: The run's: a version belongs to the run if it was registered with this one.
+        catalog: The run's; where it is newer than the evaluation, only versions of that one's can be compared.
 
     Returns:
         None where the run has no registry; where that does not answer, the problem.
     """
     if not (config.registry.enabled and config.tracking.enabled):
         return None
-    name, ours = config.registry.model_name, Evaluated(artifacts["evaluation"], artifacts["catalog"])
+    name = config.registry.model_name
+    ours = Evaluated(evaluation, lambda: _evaluated_catalog(evaluation, catalog))
     try:
         with registry_errors(config), tempfile.TemporaryDirectory(prefix="qbrec-standing-") as folder:
             client, _ = connect(config)
             served = read_served(client, name)
             versions = {str(one.version): one for one in all_versions(client, name)}
-            mark = ours.evaluation.fingerprint
-            own = [n for n, one in versions.items() if one.tags.get(EVALUATION_TAG) == mark]
+            own = [n for n, one in versions.items() if one.tags.get(EVALUATION_TAG) == evaluation.fingerprint]
             version = served.champion if served.champion in own else max(own, key=int, default=None)
             # Without a @champion nothing serves, whatever served once.
             line = served.line if served.champion is not None else ()
@@ -162,15 +162,27 @@ def standing_of(config: RootConfig, artifacts: Mapping[str, Artifact]) -> Standi
         return Standing(name, problem=str(error))
 
 
+def _evaluated_catalog(evaluation: Artifact, catalog: Artifact) -> Artifact:
+    if evaluation.inputs["catalog"] != catalog.fingerprint:
+        raise DataError(
+            "the run's catalogue is newer than its evaluation",
+            where=str(evaluation.path),
+            fix="bring the run up to date with `qbrec run`",
+        )
+    return catalog
+
+
 def _compared_with(rival: Rival, bundle: FetchedBundle, ours: Evaluated, *, seed: int) -> Rival:
     ours.evaluation.file(RANKS)  # damaged, it is no matter of the other's
     try:
         theirs = evaluated(bundle)
         paired, problem = paired_with(ours, theirs, seed=seed)
         metrics = theirs.evaluation.load_json(METRICS_FILE)
+        if qbrec_cells(metrics).keys() != set(METRICS) or not {"coverage", "slices"} <= metrics.keys():
+            return replace(rival, problem="its evaluation has the layout of another release")
         return replace(rival, metrics=metrics, paired=paired, problem=problem)
     except DataError as error:
-        return replace(rival, problem=f"its evaluation cannot be read: {error.what}")
+        return replace(rival, problem=f"the two cannot be compared: {error.what}")
 
 
 def _facts(version: ModelVersion, served: Served) -> dict[str, Any]:
@@ -256,7 +268,7 @@ def _compared(version: FetchedBundle, against: FetchedBundle, *, seed: int) -> d
     ours, theirs = evaluated(version), evaluated(against)
     documents = [one.evaluation.load_json(METRICS_FILE) for one in (ours, theirs)]
     comparison, unpaired = None, "they were evaluated on different items or histories"
-    if same_hold_out(ours.catalog, theirs.catalog):
+    if same_hold_out(ours, theirs):
         comparison = Comparison(ours.evaluation, theirs.evaluation, seed=seed)
         unpaired = comparison.problem
 

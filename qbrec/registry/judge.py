@@ -18,6 +18,7 @@ from qbrec.registry.gate import Check, Verdict
 from qbrec.registry.latency import check_latency
 from qbrec.registry.probe import HISTORIES, PROBE
 from qbrec.registry.recommend import Recommender
+from qbrec.storage.artifact import Artifact
 
 METRICS_FILE, QUALITY_FILE = "metrics.json", "quality.json"
 
@@ -61,7 +62,7 @@ class Judge:
     def _alone(self) -> tuple[Check, ...]:
         """What has nothing to do with the champion: asked once, however often that one changes."""
         gate, bundle = self._gate, self._bundle
-        checks = [*check_floors(self._evaluated.evaluation.load_json(METRICS_FILE), gate.min_metrics)]
+        checks = [*check_floors(self._ours.evaluation.load_json(METRICS_FILE), gate.min_metrics)]
         if gate.ids != IdGateConfig():
             quantizer = bundle.part("quantizer", QUALITY_FILE)
             assert quantizer is not None, "every bundle has one"
@@ -77,13 +78,13 @@ class Judge:
         return tuple(checks)
 
     @cached_property
-    def _evaluated(self) -> Evaluated:
+    def _ours(self) -> Evaluated:
         return evaluated(self._bundle)
 
     def _compared(self, champion: str) -> Sequence[Check]:
         if champion not in self._champions:
             self._champions[champion] = FetchedBundle(self._config, champion, folder=self._folder)
-        ours = self._evaluated
+        ours = self._ours
         ours.evaluation.file(RANKS)  # damaged, it is no matter of the champion's
         try:
             theirs = evaluated(self._champions[champion])
@@ -101,7 +102,12 @@ def evaluated(bundle: FetchedBundle) -> Evaluated:
         DataError: It is missing or damaged.
         RegistryError: It cannot be fetched.
     """
-    evaluation, catalog = bundle.part("evaluation", METRICS_FILE, RANKS), bundle.part("catalog")
+    evaluation = bundle.part("evaluation", METRICS_FILE, RANKS)
     assert evaluation is not None, "every bundle has one"
-    assert catalog is not None, "every bundle has one"
-    return Evaluated(evaluation, catalog)
+
+    def open_catalog() -> Artifact:
+        catalog = bundle.part("catalog")
+        assert catalog is not None, "every bundle has one"
+        return catalog
+
+    return Evaluated(evaluation, open_catalog)

@@ -68,7 +68,7 @@ def paired_with(ours: Evaluated, theirs: Evaluated, *, seed: int) -> tuple[dict[
     Raises:
         DataError: One of them is damaged.
     """
-    if not same_hold_out(ours.catalog, theirs.catalog):
+    if not same_hold_out(ours, theirs):
         return {}, "it was evaluated on other items or histories, so users cannot be paired"
     comparison = Comparison(ours.evaluation, theirs.evaluation, seed=seed)
     if comparison.problem:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 VERDICT, REPORT, HISTORY = "qbrec.gate", "qbrec.gate.report", "qbrec.gate.history"
 PASSED, REFUSED = "passed", "refused"
 # Older ones go. MLflow takes 100,000 characters, some of its stores only 5,000.
+_REPORTED = {"version", "champion", "gate", "time", "passed", "checks"}
 MOST_ENTRIES, MOST_CHARACTERS = 20, 4_500
 
 
@@ -37,7 +38,7 @@ def note(client: MlflowClient, name: str, verdict: Verdict, *, tags: Mapping[str
 def last(tags: Mapping[str, str]) -> dict[str, Any] | None:
     """The last verdict in full: version, champion, gate, time, passed, checks; None: never judged."""
     found = _parsed(tags, REPORT)
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and found.keys() >= _REPORTED else None
 
 
 def history(tags: Mapping[str, str]) -> list[dict[str, Any]]:

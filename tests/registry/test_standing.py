@@ -12,16 +12,22 @@ from qbrec.registry.comparison import Comparison
 from qbrec.registry.describe import standing_of
 from qbrec.registry.promote import promote, rollback
 from qbrec.registry.standing import Rival, Standing
+from qbrec.storage.artifact import Artifact
 from qbrec.tracking.client import connect
 from tests.registry.conftest import Registry
 from tests.registry.test_promotion import NEVER, broken, promoted
 from tests.support.registry_run import registry_run
+from tests.support.tiny_run import TinyRun
 
 
 def standing(registry: Registry, version: str) -> Standing:
-    found = standing_of(registry.config, registry.runs[version].artifacts)
+    found = standing_of(registry.config, **parts(registry.runs[version]))
     assert found is not None
     return found
+
+
+def parts(run: TinyRun) -> dict[str, Artifact]:
+    return {name: run.artifacts[name] for name in ("evaluation", "catalog")}
 
 
 def rival(registry: Registry, version: str) -> Rival:
@@ -75,8 +81,8 @@ def test_a_refusal_is_told(registry: Registry) -> None:
 
 def test_a_run_that_is_not_registered_and_has_other_data(registry: Registry, tmp_path: Path) -> None:
     promoted(registry, "1")
-    other = registry_run(tmp_path / "other", seed=7, shop=1).artifacts
-    found = standing_of(registry.config, other)
+    other = registry_run(tmp_path / "other", seed=7, shop="b")
+    found = standing_of(registry.config, **parts(other))
     assert found is not None
     assert found.version is None
     assert found.rival is not None
@@ -84,20 +90,36 @@ def test_a_run_that_is_not_registered_and_has_other_data(registry: Registry, tmp
     assert not found.rival.paired
 
 
+def test_a_catalogue_newer_than_the_evaluation(registry: Registry, tmp_path: Path) -> None:
+    """`qbrec run` was stopped behind the new catalogue: what the page shows is of the old one."""
+    promoted(registry, "1")
+    newer = registry_run(tmp_path / "other", seed=7, shop="b").artifacts["catalog"]
+    ours = parts(registry.runs["2"])
+    found = standing_of(registry.config, **(ours | {"catalog": newer}))
+    assert found is not None
+    assert found.rival is not None
+    assert found.rival.paired == rival(registry, "2").paired  # of one catalogue, whatever the run has by now
+    other = registry_run(tmp_path / "third", seed=7, shop="c")
+    found = standing_of(registry.config, **(parts(other) | {"catalog": newer}))
+    assert found is not None
+    assert found.rival is not None
+    assert "newer than its evaluation" in found.rival.problem
+
+
 def test_a_damaged_champion_is_named(registry: Registry) -> None:
     promoted(registry, "1")
     with broken(registry.bundle("1") / "evaluation" / "ranks.parquet"):
         problem = rival(registry, "2").problem
-    assert "cannot be read" in problem
+    assert "cannot be compared" in problem
 
 
 def test_no_registry_is_no_error(registry: Registry) -> None:
-    artifacts = registry.run.artifacts
+    ours = parts(registry.run)
     for section in ("registry", "tracking"):
         off = getattr(registry.config, section).model_copy(update={"enabled": False})
-        assert standing_of(registry.config.model_copy(update={section: off}), artifacts) is None
+        assert standing_of(registry.config.model_copy(update={section: off}), **ours) is None
     away = registry.config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})
-    found = standing_of(registry.config.model_copy(update={"tracking": away}), artifacts)
+    found = standing_of(registry.config.model_copy(update={"tracking": away}), **ours)
     assert found is not None
     assert "cannot be reached" in found.problem
     assert found.version is None
