@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import threading
@@ -16,6 +17,7 @@ from qbrec.storage.artifact import write_atomic
 _TERMINAL_PERIOD_S = 0.2
 _LOG_PERIOD_S = 5.0
 _FILE_PERIOD_S = 0.5
+_LOOK_PERIOD_S = 0.2  # at that file
 _LINE = re.compile(
     r"  (?P<label>\S.*?) +[█·]{20} +(?P<percent>\d+)%"
     r"  (?P<word>eta|took) (?P<clock>\d+(?::\d\d)+)(?P<info>.*)"
@@ -149,12 +151,12 @@ class ProgressWatcher:
 
     Args:
         file: That file.
-        period_s: Seconds between two looks; None: often on a terminal, seldom in a log.
+        period_s: Seconds between two lines; None: few in a log.
     """
 
     def __init__(self, file: Path, *, period_s: float | None = None) -> None:
         self._file, self._stop = file, threading.Event()
-        self._period = period_s or (0.5 if sys.stderr.isatty() else _LOG_PERIOD_S)
+        self._period = period_s if period_s is not None else (0.0 if sys.stderr.isatty() else _LOG_PERIOD_S)
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> ProgressWatcher:
@@ -168,9 +170,10 @@ class ProgressWatcher:
         self._thread.join()
 
     def _watch(self) -> None:
-        shown, start = "", 0.0
+        shown, start, drawn = "", 0.0, -math.inf
         while True:
-            stopping = self._stop.wait(self._period)
+            # Often: short work that follows writes over what is told of this one.
+            stopping = self._stop.wait(_LOOK_PERIOD_S)
             try:
                 state = json.loads(self._file.read_text(encoding="utf-8"))
             except (OSError, ValueError):
@@ -179,11 +182,13 @@ class ProgressWatcher:
                 start, shown = state["start"], ""
                 if state["note"]:
                     draw_line(state["note"], final=True)
+            now = time.monotonic()
             # As `Progress` itself: a log is told of the end once.
-            due = state and (state["final"] or stopping or not state["over"] or sys.stderr.isatty())
-            if state and due and state["line"] != shown:
-                shown = state["line"]
-                draw_line(shown, final=state["final"] or stopping)
+            end = stopping or (state is not None and state["final"])
+            due = now - drawn >= self._period and not (state and state["over"] and not sys.stderr.isatty())
+            if state and (end or due) and state["line"] != shown:
+                shown, drawn = state["line"], now
+                draw_line(shown, final=end)
             if stopping:
                 return
 

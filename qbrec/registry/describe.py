@@ -132,7 +132,8 @@ def standing_of(config: RootConfig, *, evaluation: Artifact, catalog: Artifact) 
     Args:
         config: Names the registry and the model; its run.seed is that of the bootstrap, as for the gate.
         evaluation: The run's: a version belongs to the run if it was registered with this one.
-        catalog: The run's; where it is newer than the evaluation, only versions of that one's can be compared.
+        catalog: The run's; where it is newer than the evaluation, only versions of the older one can be
+            compared.
 
     Returns:
         None where the run has no registry; where that does not answer, the problem.

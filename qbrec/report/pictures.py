@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from qbrec.catalog.contract import ITEM_COLUMNS
 from qbrec.catalog.encoders.fetch import PictureReader
 from qbrec.catalog.encoders.fields import strings
 from qbrec.catalog.encoders.image import BadImageError, open_picture
@@ -25,6 +26,7 @@ SIDE = 64  # pixels of the longer side
 MAX_BYTES = 300_000  # of all pictures on a page, as they stand in it
 _QUALITY = 60  # a kilobyte or two each
 _COLUMNS = ("image", "image_path")
+_TIMEOUT_S = 10.0  # for one picture from elsewhere
 _ID_ROWS, _PICTURE_ROWS = 65_536, 64  # held at a time
 
 
@@ -70,7 +72,7 @@ def thumbnails(
             continue
         size += times * len(uri)
         uris[row] = uri
-    told = "; ".join(f"{count:,} × {why}" for why, count in problems.items())
+    told = "; ".join(f"{count:,} × {why.rstrip('.')}" for why, count in problems.items())
     return Thumbnails(uris, f"Pictures left out: {told}." if told else "")
 
 
@@ -79,28 +81,39 @@ def _read(
 ) -> tuple[dict[int, bytes], Counter[str]]:
     """Encoded pictures by row as they came, and why some could not be read."""
     problems: Counter[str] = Counter()
-    found: dict[int, bytes] = {}
-    image = config.catalog.image
-    reader: PictureReader | None = None
+    values: dict[int, bytes | str] = {}
     rows_of: dict[str, dict[str, int]] = {}
     for row, item_id in zip(rows, catalog.item_ids(rows), strict=True):
         rows_of.setdefault(catalog.domains[catalog.item_domain[row]], {})[item_id] = row
     for domain, row_of in rows_of.items():
-        place = config.data.domains[domain].items
+        source = config.data.domains.get(domain)
+        if source is None:
+            problems["is of a domain that the configuration does not name"] += len(row_of)
+            continue
         try:
-            for item_id, value in _values(place, set(row_of), where=f"data.domains.{domain}.items"):
-                try:
-                    if isinstance(value, str):
-                        reader = reader or PictureReader(image)
-                        value = reader.read(value)
-                    if len(value) > image.max_bytes:
-                        raise BadImageError("has more bytes than catalog.image.max_bytes")
-                    found[row_of[item_id]] = value
-                except BadImageError as error:
-                    problems[str(error)] += 1
+            for item_id, value in _values(source.items, set(row_of), where=f"data.domains.{domain}.items"):
+                values[row_of[item_id]] = value
         except DataError as error:
-            problems[error.what] += len(row_of)
+            problems[error.what] += sum(row not in values for row in row_of.values())
+    found = {row: value for row, value in values.items() if isinstance(value, bytes)}
+    for row in [row for row, value in found.items() if len(value) > config.catalog.image.max_bytes]:
+        del found[row]
+        problems["has more bytes than catalog.image.max_bytes"] += 1
+    places = {row: value for row, value in values.items() if isinstance(value, str)}
+    if places:
+        for row, read in zip(places, _fetched(list(places.values()), config.catalog.image), strict=True):
+            if isinstance(read, BadImageError):
+                problems[str(read)] += 1
+            else:
+                found[row] = read
     return found, problems
+
+
+def _fetched(places: list[str], config: ImageConfig) -> list[bytes | BadImageError]:
+    """Pictures by path or URL. A report is not worth waiting for: one try each, all at once, and briefly."""
+    timeout = min(config.total_timeout_s, _TIMEOUT_S)
+    hurried = config.model_copy(update={"retries": 0, "total_timeout_s": timeout})
+    return PictureReader(hurried).map(places, bytes)
 
 
 def _values(place: str, wanted: set[str], *, where: str) -> Iterator[tuple[str, bytes | str]]:
@@ -112,7 +125,11 @@ def _values(place: str, wanted: set[str], *, where: str) -> Iterator[tuple[str, 
     left = set(wanted)
     for file in list_files(place, where=where):
         parquet = open_parquet(file.path)
-        column = next((name for name in _COLUMNS if name in parquet.schema_arrow.names), None)
+        schema = parquet.schema_arrow
+        column = next((name for name in _COLUMNS if name in schema.names), None)
+        for name in ("item_id", column):
+            if name and not (name in schema.names and ITEM_COLUMNS[name][1](schema.field(name).type)):
+                raise DataError(f"the column {name} is missing now, or of another type", where=file.path)
         for group in cut_file(file.path, parquet.metadata, unit_rows=max(parquet.metadata.num_rows, 1)):
             if not left:
                 return

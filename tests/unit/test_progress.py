@@ -32,7 +32,7 @@ def test_work_that_goes_on_says_from_where(capfd: pytest.CaptureFixture[str]) ->
 def test_the_driver_hears_of_every_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Also where a worker that was started again goes on from the same checkpoint as before."""
     file, shown = tmp_path / "fusion.json", ""
-    with ProgressWatcher(file, period_s=0.02):
+    with ProgressWatcher(file, period_s=0.0):
         for start, done in enumerate((0, 4, 4, 0)):
             with Progress(10, "fusion", file=file, done=done) as progress:
                 progress.update(1, start=f"no. {start}")
@@ -44,12 +44,30 @@ def test_the_driver_hears_of_every_start(tmp_path: Path, capfd: pytest.CaptureFi
     assert re.findall(r"goes on from (\d+) of 10", shown) == ["4", "4"]
 
 
+def test_a_log_has_few_lines_and_every_note(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Resumed work that is over soon is followed by other work that writes over its file."""
+    file = tmp_path / "fusion.json"
+    with ProgressWatcher(file, period_s=60.0):
+        with Progress(16, "fusion", file=file, done=4) as progress:
+            for _ in range(12):
+                progress.update(1)
+                time.sleep(0.1)
+        with Progress(1, "embed items", file=file) as progress:
+            progress.update(1)
+    shown = capfd.readouterr().err
+    assert shown.count("fusion: goes on from 4 of 16") == 1
+    assert shown.count("%") <= 4
+
+
 def test_the_driver_draws_the_end_once_in_a_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, shown = tmp_path / "fusion.json", ""
-    with ProgressWatcher(file, period_s=0.01), Progress(2, "fusion", file=file) as progress:
+    with ProgressWatcher(file, period_s=0.0), Progress(2, "fusion", file=file) as progress:
         progress.update(1)
+        deadline = time.monotonic() + 60
         while "50%" not in shown:
+            assert time.monotonic() < deadline
             shown += capfd.readouterr().err
+            time.sleep(0.01)
         time.sleep(0.6)  # the file is written twice a second
         progress.update(1)
         time.sleep(0.6)

@@ -147,6 +147,26 @@ def test_what_cannot_be_read_is_said(catalog: CatalogView, tmp_path: Path) -> No
     assert "Pictures left out: 1 × " in thumbnails(config(str(tmp_path / "torn.parquet")), catalog, [0]).note
 
 
+def test_what_became_of_the_input_since_is_no_error(catalog: CatalogView, tmp_path: Path) -> None:
+    ids = names(catalog)
+    other = config("-").model_copy(update={"data": config("-").data.model_copy(update={"domains": {}})})
+    assert "2 × is of a domain that the configuration" in thumbnails(other, catalog, [0, 1]).note
+    for columns in (
+        {"title": ["x"]},
+        {"item_id": [ids[0]], "image_path": [7]},
+        {"item_id": [7], "image": [b"x"]},
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "rewritten.parquet")
+        found = thumbnails(config(str(tmp_path / "rewritten.parquet")), catalog, [0])
+        assert "1 × the column" in found.note, columns
+    write_items(tmp_path / "0.parquet", {ids[0]: picture(0)})
+    (tmp_path / "1.parquet").write_bytes(b"PAR1 and no more")
+    found = thumbnails(config(str(tmp_path)), catalog, [0, 1, 2])
+    assert set(found.uris) == {0}
+    assert "left out: 2 × " in found.note
+    assert not found.note.endswith("..")
+
+
 def test_items_without_a_picture_column_have_none(catalog: CatalogView, tmp_path: Path) -> None:
     path = tmp_path / "items.parquet"
     pq.write_table(pa.table({"item_id": names(catalog), "title": ["x"] * COUNT}), path)
