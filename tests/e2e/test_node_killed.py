@@ -14,11 +14,15 @@ from tests.support.cli import Road, must
 from tests.support.local_cluster import LocalCluster, local_cluster
 
 
-def _freeze_a_worker(cluster: LocalCluster, checkpoint: Path) -> int:
-    """Wait for a checkpoint, then stop a training worker in mid-step. Returns its node (never the head)."""
+def _freeze_a_worker(cluster: LocalCluster, checkpoints: Path, *, step: int) -> int:
+    """Wait for a checkpoint of this step or a later one, then stop a training worker in mid-step.
+
+    Returns its node (never the head).
+    """
     deadline = time.monotonic() + 600
-    while not checkpoint.exists():
-        assert time.monotonic() < deadline, f"no {checkpoint}"
+    # A checkpoint exists once its manifest does.
+    while not any(int(path.parent.name[5:]) >= step for path in checkpoints.glob("step-*/manifest.json")):
+        assert time.monotonic() < deadline, f"no checkpoint in {checkpoints}"
         time.sleep(0.01)
     workers = {pid: node for pid, node in cluster.processes(b"RayTrainWorker").items() if node != 0}
     assert workers, "both workers are on the head"
@@ -35,7 +39,7 @@ def test_three_nodes_one_dies_and_the_metrics_are_those_of_an_undisturbed_run(
     run = Road.write(tmp_path, tree)
     with local_cluster(3) as cluster, ThreadPoolExecutor(1) as pool:
         job = pool.submit(cluster.submit_run, run.config)
-        node = _freeze_a_worker(cluster, run.run_dir / "checkpoints" / "fusion" / "step-4")
+        node = _freeze_a_worker(cluster, run.run_dir / "checkpoints" / "fusion", step=4)
         assert "fusion" not in run.stages(), "it had finished"
         must(cluster("kill", str(node)))
         assert f"n{node}: gone" in cluster("status").stdout
