@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.int64] | Sequence[int]
 
+_ROWS, _TIMES = RaggedField("row", offsets="offset"), RaggedField("time", offsets="offset")
+
 
 @dataclass(frozen=True)
 class Histories:
@@ -199,18 +201,19 @@ class CatalogView(DomainRows):
         return users_of(self._users, domain, user_ids)
 
     def load_histories(self, domain: str | None = None) -> Histories:
-        """Histories of all users, or of one domain's, in memory."""
+        """Histories of all users, or of one domain's, in memory.
+
+        Raises:
+            DataError: There is no such domain.
+        """
+        if domain is not None:
+            self.domain_number(domain)
+            if len(self.domains) > 1:
+                return self.histories_of(self.load_cuts(domain)[0])
         blocks = self.histories()
-        rows = blocks.ragged(RaggedField("row", offsets="offset"))
-        times = blocks.ragged(RaggedField("time", offsets="offset"))
-        numbers = blocks.column("domain")
-        user, cut = blocks.column("user"), blocks.column("cut")
-        if domain is None or len(self.domains) == 1:
-            if domain is not None:
-                self.domain_number(domain)
-            return Histories(user, numbers, rows, times, cut)
-        mine = np.flatnonzero(numbers == self.domain_number(domain))
-        return Histories(user[mine], numbers[mine], rows.take(mine), times.take(mine), cut[mine])
+        rows, times = blocks.ragged(_ROWS), blocks.ragged(_TIMES)
+        user, numbers, cut = (blocks.column(name) for name in ("user", "domain", "cut"))
+        return Histories(user, numbers, rows, times, cut)
 
     def load_cuts(self, domain: str) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Of a domain's histories which ones of all they are, int64 [U], and their `cut`, int32 [U, 2].
@@ -228,8 +231,7 @@ class CatalogView(DomainRows):
         Args:
             stored: Which ones, int64 [U].
         """
-        row, time = RaggedField("row", offsets="offset"), RaggedField("time", offsets="offset")
-        found: dict[str, Any] = self.histories().take(stored, ["user", "domain", row, time, "cut"])
+        found: dict[str, Any] = self.histories().take(stored, ["user", "domain", _ROWS, _TIMES, "cut"])
         return Histories(found["user"], found["domain"], found["row"], found["time"], found["cut"])
 
     def load_training(self, domain: str) -> Ragged:
@@ -240,7 +242,7 @@ class CatalogView(DomainRows):
         """
         blocks = self.histories()
         ours = blocks.column("domain") == self.domain_number(domain)
-        return blocks.ragged(RaggedField("row", offsets="offset")).prefix(blocks.column("cut")[:, 0] * ours)
+        return blocks.ragged(_ROWS).prefix(blocks.column("cut")[:, 0] * ours)
 
     @cached_property
     def _hashes(self) -> NDArray[np.uint64]:
